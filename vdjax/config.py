@@ -1,0 +1,245 @@
+"""What a config file may say: every field with its default, and how files and flags are read.
+
+A config is a Python file with `get_config()` (or `get_config(arg)`, chosen as `file.py:arg`) that starts from
+`experiment()` and adds a `stage(...)` under each name that `stages` lists.
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vdjax.errors import UserError, nearest
+from vdjax.objectives import OBJECTIVES
+
+
+def experiment() -> ConfigDict:
+    """An experiment without stages."""
+    c = ConfigDict()
+    c.seed = 0
+    c.stages = ()  # names of the stages in the order they run; each is a field of its own, made by `stage`
+
+    c.model = ConfigDict()
+    c.model.path = ""  # Hugging Face directory or hub id; empty: from scratch, by `config` below
+    c.model.revision = ""  # of a hub id; empty: its main branch
+    c.model.name = ""  # from scratch: a named shape such as qwen3-0.6b (vdjax.models.named) ...
+    c.model.shape = ConfigDict()  # ... or the fields of a config.json
+    c.model.ignore_fields = ()  # unknown fields of config.json that do not change the numbers
+    c.model.param_dtype = "float32"
+    c.model.compute_dtype = "float32"  # bfloat16 on TPU
+    c.model.remat = "none"  # what the backward pass recomputes: none, dots (all but matmul results) or full (all)
+    c.model.unroll = 1  # layers per iteration of the layer loop
+    c.model.query_chunk = 0  # queries per attention block; 0: all at once
+    c.model.head_chunk = 512  # scored tokens per application of the vocabulary head
+
+    c.tokenizer = ConfigDict()
+    c.tokenizer.path = ""  # empty: the model's; "bytes": the built-in byte-level one
+    c.tokenizer.chat_template = "auto"  # auto: the tokenizer's own, else plain; plain, chatml, llama3; a .jinja file
+
+    c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # -1: all devices that are left
+
+    c.probes = ConfigDict()
+    c.probes.path = "builtin"  # or a file: JSONL, JSON or CSV (vdjax.probes.sets)
+    c.probes.topics = ()  # empty: all
+    c.probes.max_per_topic = 0  # 0: all
+    c.probes.readouts = ("statement",)  # ways to ask: statement, options (vdjax.probes.readouts)
+    c.probes.rows = 0  # rows a call of the evaluator; 0: four for each batch shard
+    c.probes.memory_gb = 0.0  # for snapshots held at once on all devices together; 0: half of what there is
+    c.probes.max_length = 512  # tokens of a probe with its chat template and longest answer
+
+    c.resume_every = 100  # steps between resume points
+    c.log_every = 1  # steps between logged lines
+    return c
+
+
+def stage(objective: str, **fields: Any) -> ConfigDict:
+    """One stage; `fields` override defaults by name, nested ones as a dict.
+
+    Raises:
+      UserError: an unknown objective or field, or a value of another type.
+    """
+    if objective not in OBJECTIVES:
+        raise UserError(f"objective {objective!r} is unknown{nearest(objective, OBJECTIVES)}")
+    c = ConfigDict()
+    c.objective = objective
+    c.hyper = ConfigDict(dict(OBJECTIVES[objective].hyper))
+    c.init_from = ""  # the stage whose final parameters this one starts from; empty: the stage before it, or the model
+
+    c.data = ConfigDict()
+    c.data.source = "auto"  # hh-rlhf, ultrafeedback, alpaca, wildchat, persona, text; auto: by the columns
+    c.data.path = ""  # file, directory or hub id; several files joined by commas
+    c.data.name = ""  # a hub dataset's configuration
+    c.data.revision = ""  # pin a hub dataset to a commit
+    c.data.split = ""  # of a hub dataset (default train) or a directory
+    c.data.max_examples = 0  # 0: all
+    c.data.skip_examples = 0
+    c.data.options = ConfigDict()  # of the source (vdjax.data.sources), such as persona's topic, view and align
+    c.data.assistant_turns = "all"  # which answers of an SFT conversation are scored: all or last
+    c.data.truncation = "response_end"  # what goes when an example is too long: response_end or oldest_turns
+
+    c.eval_examples = 0  # held out from the end of the data
+    c.eval_every = 0  # steps; 0: only before the first and after the last
+
+    c.max_length = 1024  # tokens of a prompt and one response
+    c.row_length = 0  # tokens of a packed row; 0: the one with the least padding
+    c.batch_size = 32  # examples (pairs, conversations, documents) a step
+    c.microbatch_rows = 0  # rows per forward and backward pass; 0: one for each batch shard
+    c.epochs = 1
+    c.max_steps = 0  # 0: all epochs
+
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 1e-5
+    c.optimizer.schedule = "cosine"  # after warm-up: cosine, linear or constant
+    c.optimizer.warmup = 0.1  # share of the steps
+    c.optimizer.final = 0.0  # learning rate at the end, as a share of the peak
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.0  # not of norms and biases
+    c.optimizer.clip_norm = 1.0  # 0: no clipping
+
+    c.snapshots = ConfigDict()
+    c.snapshots.log_spaced = 6  # snapshots at log-spaced steps between the first and the last
+    c.snapshots.every = 0  # and at every multiple of this; 0: none
+    c.snapshots.probe = True
+    _merge(c, fields, f"stage({objective!r})")
+    return c
+
+
+def _merge(config: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
+    for name, value in fields.items():
+        key = f"{where}.{name}"
+        open_ended = where.endswith((".options", ".shape"))
+        if name not in config and not open_ended:
+            raise UserError(f"{key} is no field{nearest(name, config)}")
+        if isinstance(value, Mapping) and not open_ended:
+            if not isinstance(config[name], ConfigDict):
+                raise UserError(f"{key}: expected {type(config[name]).__name__}, found a dict")
+            _merge(config[name], value, key)
+        else:
+            _assign(config, name, value, key)
+
+
+def _assign(config: ConfigDict, name: str, value: Any, key: str) -> None:
+    old = config.get(name)
+    if isinstance(old, float) and type(value) is int:
+        value = float(value)
+    if isinstance(old, tuple) and isinstance(value, list):
+        value = tuple(value)
+    if old is not None and type(value) is not type(old):
+        raise UserError(f"{key}: expected {type(old).__name__} such as {old!r}, found {value!r}")
+    with config.unlocked():
+        config[name] = value
+
+
+def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """Reads `FILE.py[:ARG]` and applies `--config.key=value` overrides.
+
+    Raises:
+      UserError: no such file, no `get_config`, an unknown key or a value of the wrong type.
+    """
+    path, _, arg = spec.partition(":")
+    file = Path(path)
+    if not file.is_file():
+        siblings = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        close = difflib.get_close_matches(path, siblings, n=1)
+        raise UserError(f"--config {path}: no such file" + (f"; did you mean {close[0]!r}?" if close else ""))
+    module_spec = importlib.util.spec_from_file_location(f"vdjax_config_{file.stem}", file)
+    assert module_spec and module_spec.loader
+    module = importlib.util.module_from_spec(module_spec)
+    # Config files import their shared parts as `from configs import base`, from whatever directory they are run.
+    sys.path.insert(0, str(file.resolve().parent.parent))
+    try:
+        module_spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path}: has no function get_config()")
+    config = module.get_config(arg) if arg else module.get_config()
+    for flag in overrides:
+        override(config, flag)
+    _check(config, path)
+    return config
+
+
+def override(config: ConfigDict, flag: str) -> None:
+    """Applies one `--config.a.b=value`."""
+    key, equals, text = flag.removeprefix("--").partition("=")
+    parts = key.split(".")
+    if parts[0] != "config" or not equals or len(parts) < 2:
+        raise UserError(f"{flag}: unknown flag; fields of the config are set by --config.name=value")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    node = config
+    for depth, name in enumerate(parts[1:], start=1):
+        where = ".".join(parts[:depth])
+        open_ended = where.endswith((".options", ".shape"))
+        if not isinstance(node, ConfigDict) or (name not in node and not open_ended):
+            raise UserError(f"--{where}.{name} is no field{nearest(name, node if isinstance(node, ConfigDict) else ())}")
+        if depth < len(parts) - 1:
+            node = node[name]
+    if isinstance(node.get(parts[-1]), ConfigDict):
+        raise UserError(f"--{key} is a group of fields{nearest('', node[parts[-1]])}")
+    if isinstance(node.get(parts[-1]), str):
+        value = text
+    if isinstance(node.get(parts[-1]), bool) and text in ("true", "false"):
+        value = text == "true"
+    _assign(node, parts[-1], value, f"--{key}")
+
+
+CHOICES = {
+    "remat": ("none", "dots", "full"),
+    "param_dtype": ("float32", "bfloat16"),
+    "compute_dtype": ("float32", "bfloat16"),
+    "schedule": ("cosine", "linear", "constant"),
+    "truncation": ("response_end", "oldest_turns"),
+    "assistant_turns": ("all", "last"),
+}
+
+
+def _check(config: ConfigDict, path: str) -> None:
+    """Refuses what no experiment can mean, before any work is done."""
+    if not config.stages:
+        raise UserError(f"{path}: config.stages is empty; it lists the names of the stages to run")
+    for i, name in enumerate(config.stages):
+        if name not in config or not isinstance(config[name], ConfigDict):
+            raise UserError(f"{path}: stage {name!r} has no field config.{name} = stage(...)")
+        if name in experiment():
+            raise UserError(f"{path}: a stage may not be called {name!r}, that is a field of the experiment")
+        if name in config.stages[:i]:
+            raise UserError(f"{path}: stage {name!r} stands twice in config.stages")
+        part = config[name]
+        if part.init_from and part.init_from not in config.stages[:i]:
+            raise UserError(
+                f"{path}: config.{name}.init_from={part.init_from!r} is no earlier stage"
+                + nearest(part.init_from, config.stages[:i])
+            )
+        for field in ("batch_size", "epochs", "max_length"):
+            if part[field] < 1:
+                raise UserError(f"{path}: config.{name}.{field}={part[field]}, expected at least 1")
+        if not part.data.path:
+            raise UserError(f"{path}: config.{name}.data.path is empty; pass --config.{name}.data.path=FILE_OR_ID")
+    if not config.model.path and not config.model.name and not config.model.shape:
+        raise UserError(f"{path}: no model; pass --config.model.path=DIR_OR_ID (or name, or shape)")
+
+    def walk(node: ConfigDict, where: str) -> None:
+        for name, value in node.items():
+            if isinstance(value, ConfigDict):
+                walk(value, f"{where}.{name}")
+            elif name in CHOICES and value not in CHOICES[name]:
+                raise UserError(f"{path}: {where}.{name}={value!r}{nearest(value, CHOICES[name])}")
+
+    walk(config, "config")
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved config as JSON, keys sorted."""
+    return json.dumps(config.to_dict(), indent=1, sort_keys=True, default=list)

@@ -1,0 +1,1 @@
+"""Datasets as examples, examples as tokens, tokens as packed batches."""

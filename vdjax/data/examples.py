@@ -1,0 +1,54 @@
+"""What data sources make: examples, and counts of what was not used."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypedDict
+
+
+class Message(TypedDict):
+    role: str  # 'system' (first only), 'user', 'assistant'
+    content: str
+
+
+class Example(NamedTuple):
+    """`prompt` is raw text (no chat template) or messages (rendered with it); one response, or (chosen, rejected)."""
+
+    id: str
+    prompt: str | tuple[Message, ...]
+    responses: tuple[str, ...]
+
+
+@dataclass
+class Counts:
+    """What became of the rows read: `dropped` and, for used but changed ones, `noted`, both by reason.
+
+    `first` holds the id of the first example of every reason. One object may go through loading and rendering:
+    rows = rendered + dropped + noted["skipped_by_config"], where a persona pair takes two rows.
+    """
+
+    rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def drop(self, reason: str, where: str) -> None:
+        self.dropped[reason] += 1
+        self.first.setdefault(reason, where)
+
+    def note(self, reason: str, where: str) -> None:
+        self.noted[reason] += 1
+        self.first.setdefault(reason, where)
+
+    def lines(self) -> list[str]:
+        """The number of rows, then one line a reason, most frequent first."""
+        out = [f"{self.rows} rows read, {self.dropped.total()} dropped"]
+        for what, counter in (("dropped", self.dropped), ("noted", self.noted)):
+            out += [f"  {what} {n} x {reason} (first: {self.first[reason]})" for reason, n in counter.most_common()]
+        return out
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "dropped": dict(self.dropped), "noted": dict(self.noted), "first": dict(self.first)}
+
+
+class Dropped(Exception):
+    """One example is not usable; the message is the reason it is counted under."""

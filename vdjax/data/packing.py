@@ -1,0 +1,129 @@
+"""Packing: examples of any length into rows of one static length.
+
+A batch is a dict of [rows, length] arrays: `tokens`, `positions`, `segment_ids`, `loss_mask`, `sequence_ids`.
+Token i sees token j iff j <= i, both are in the same segment (0 is padding), and j is shared (sequence id 0) or in
+i's own sequence. A preference pair is one segment `[prompt | chosen | rejected]` whose two responses are blind to each
+other, with positions that restart after the prompt. Sequence ids count from 1 within a row, so that pair p of a row has
+chosen 2p+1 and rejected 2p+2.
+"""
+
+import bisect
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from vdjax.data.chat import Rendered
+
+
+class Shape(NamedTuple):
+    """The static shape of all batches of a stage."""
+
+    rows: int
+    length: int
+    sequences: int  # most sequences in a row
+
+
+def best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Assigns items to as few rows as best-fit-decreasing finds; rows and their items keep a deterministic order.
+
+    Args:
+      lengths: tokens of each item; none may exceed row_length.
+
+    Returns:
+      rows of indices into `lengths`, fullest rows first.
+    """
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[item] > row_length:
+            raise ValueError(f"item {item} has {lengths[item]} tokens, a row {row_length}")
+        at = bisect.bisect_left(rooms, (lengths[item], -1))
+        if at == len(rooms):
+            rows.append([])
+            room, row = row_length, len(rows) - 1
+        else:
+            room, row = rooms.pop(at)
+        rows[row].append(item)
+        bisect.insort(rooms, (room - lengths[item], row))
+    return sorted(rows, key=lambda row: (-sum(lengths[i] for i in row), row[0]))
+
+
+def row_lengths(longest: int) -> list[int]:
+    """Row lengths worth trying when the longest item has `longest` tokens: multiples of 64, shortest first."""
+    shortest = -(-longest // 64) * 64
+    return sorted({-(-int(shortest * factor) // 64) * 64 for factor in (1, 1.25, 1.5, 2, 3, 4)})
+
+
+def row_cost(length: int) -> float:
+    """Relative time of a row: matmuls grow with its length, attention with its square, and both weigh the same at 1,024
+    tokens (measured on CPU with 64-wide heads; wide models on accelerators cross later)."""
+    return length * (1 + length / 1024)
+
+
+def positions_of(branches: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Positions of one example's tokens: the prompt (branch 0) counts from 0, each response goes on where it ended."""
+    prompt = int((branches == 0).sum())
+    starts = np.flatnonzero(np.diff(branches, prepend=branches[:1] - 1))
+    run_start = np.repeat(starts, np.diff(np.append(starts, len(branches))))
+    return np.where(branches == 0, np.arange(len(branches)), np.arange(len(branches)) - run_start + prompt)
+
+
+def pack(examples: Sequence[Rendered], rows: Sequence[Sequence[int]], shape: Shape) -> dict[str, np.ndarray]:
+    """Lays examples out in rows; `rows` holds indices into `examples`, as `best_fit` returns them.
+
+    Besides the batch's arrays there is `source`: int64 [rows, length, 2] with the example and the token within it
+    (-1, -1 at padding), by which values known per example token are brought into the layout (`place`).
+    """
+    grid = (shape.rows, shape.length)
+    tokens, positions, segments, sequences = (np.zeros(grid, np.int32) for _ in range(4))
+    mask, source = np.zeros(grid, bool), np.full((*grid, 2), -1, np.int64)
+    if len(rows) > shape.rows:
+        raise ValueError(f"{len(rows)} rows do not fit a batch of {shape.rows}")
+    for r, row in enumerate(rows):
+        at = first_sequence = 0
+        for segment, index in enumerate(row, start=1):
+            example = examples[index]
+            part = slice(at, at + len(example.tokens))
+            tokens[r, part] = example.tokens
+            mask[r, part] = example.loss_mask
+            positions[r, part] = positions_of(example.branches)
+            segments[r, part] = segment
+            sequences[r, part] = np.where(example.branches == 0, 0, first_sequence + example.branches)
+            source[r, part] = np.stack([np.full(len(example.tokens), index), np.arange(len(example.tokens))], axis=1)
+            at, first_sequence = part.stop, first_sequence + int(example.branches.max())
+        if first_sequence > shape.sequences:
+            raise ValueError(f"row {r} has {first_sequence} sequences, the batch's shape allows {shape.sequences}")
+    return {
+        "tokens": tokens,
+        "positions": positions,
+        "segment_ids": segments,
+        "loss_mask": mask,
+        "sequence_ids": sequences,
+        "source": source,
+    }
+
+
+def place(values: Sequence[np.ndarray], source: Int[np.ndarray, "rows length 2"]) -> np.ndarray:
+    """Brings per-token values of each example into the layout of a packed batch, zeros at padding."""
+    out = np.zeros(source.shape[:2], np.float32)
+    for index in np.unique(source[..., 0][source[..., 0] >= 0]):
+        here = source[..., 0] == index
+        out[here] = values[index][source[..., 1][here]]
+    return out
+
+
+def collect(grid: np.ndarray, source: Int[np.ndarray, "rows length 2"], lengths: Sequence[int]) -> list[np.ndarray]:
+    """The inverse of `place`: per-token values of each example out of a packed batch."""
+    out = [np.zeros(n, grid.dtype) for n in lengths]
+    for index, values in enumerate(out):
+        here = source[..., 0] == index
+        values[source[..., 1][here]] = grid[here]
+    return out
+
+
+def fill_rate(segment_ids: Int[np.ndarray, "rows length"]) -> float:
+    """Share of the slots of non-empty rows that hold a token."""
+    used: Bool[np.ndarray, " rows"] = (segment_ids > 0).any(axis=1)
+    return float((segment_ids[used] > 0).mean()) if used.any() else 0.0

@@ -1,0 +1,1 @@
+"""Drift of values over a run: metrics, statistics, figures, TensorBoard and one HTML report."""

@@ -1,0 +1,295 @@
+"""The one place where the parts meet: an experiment's stages in order, then probes, drift and report."""
+
+import importlib.metadata
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pandas as pd
+from ml_collections import ConfigDict
+
+from vdjax import __version__, sharding, snapshots
+from vdjax import config as configs
+from vdjax.data import chat, pipeline, tokenizer
+from vdjax.drift import report
+from vdjax.errors import UserError
+from vdjax.models import config as model_config
+from vdjax.models import hf, transformer
+from vdjax.models.functional import Model, make_model, shardings
+from vdjax.objectives import OBJECTIVES
+from vdjax.probes import evaluator, readouts, sets
+from vdjax.train import loop
+from vdjax.train.loop import say
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "tensorstore", "numpy", "scipy")
+
+# What may differ between two runs in one workdir: how the work is laid out and shown, not what it is.
+FREE_FIELDS = ("mesh.", "log_every", "resume_every", "probes.rows", "probes.memory_gb", "model.unroll", "model.remat")
+
+
+class Setup(NamedTuple):
+    """What all stages share."""
+
+    model: Model
+    mesh: jax.sharding.Mesh
+    tokenizer: Any
+    template: chat.Template
+    hf_config: dict[str, Any]  # of exported models
+    directory: Path | None  # of the pretrained model; None from scratch
+
+
+def setup(config: ConfigDict) -> Setup:
+    """Model shape, mesh, tokenizer and chat template; no parameters yet.
+
+    Raises:
+      UserError: a model, tokenizer, template or mesh that cannot be had or do not fit together.
+    """
+    directory = hf.resolve(config.model.path, config.model.revision or None) if config.model.path else None
+    if config.tokenizer.path == "bytes":
+        tok = tokenizer.byte_level()
+    elif config.tokenizer.path or directory:
+        tok = tokenizer.load(config.tokenizer.path or directory)
+    else:
+        raise UserError("config.tokenizer.path is empty; a model from scratch needs one: a directory, hub id or 'bytes'")
+    if directory:
+        hf_config = hf.read_config(directory)
+        where = str(directory / "config.json")
+        cfg = model_config.from_hf(hf_config, where=where, ignore_fields=config.model.ignore_fields)
+    elif config.model.name:
+        cfg = model_config.named(config.model.name)
+        hf_config = model_config.to_hf(cfg, dtype=config.model.param_dtype, tokenizer=tok)
+    else:
+        hf_config = {"vocab_size": len(tok), **config.model.shape.to_dict()}
+        cfg = model_config.from_hf(hf_config, where="config.model.shape")
+    if len(tok) > cfg.vocab_size:
+        raise UserError(f"the tokenizer has {len(tok)} tokens, the model a vocabulary of {cfg.vocab_size}")
+    template = chat.pick_template(tok, config.tokenizer.chat_template)
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    return Setup(make_model(cfg, config.model), mesh, tok, template, hf_config, directory)
+
+
+def initial_params(config: ConfigDict, made: Setup) -> Any:
+    """Pretrained parameters, or seeded ones, in their shardings."""
+    layout = shardings(made.model, made.mesh)
+    if made.directory:
+        return hf.place(hf.open_reader(made.directory, made.model.cfg), made.model.params, layout)
+    dtype = jnp.dtype(config.model.param_dtype)
+    return transformer.init_params(made.model.cfg, seed=config.seed, param_dtype=dtype, shardings=layout)
+
+
+def parent(config: ConfigDict, name: str) -> str:
+    """The stage that a stage starts from; empty for the model itself."""
+    at = config.stages.index(name)
+    return config[name].init_from or (config.stages[at - 1] if at else "")
+
+
+def plan(config: ConfigDict, name: str, made: Setup, workdir: Path) -> loop.StagePlan:
+    """Renders (or finds rendered) a stage's data and lays out its steps."""
+    stage, seed = config[name], config.seed + 1000 * (config.stages.index(name) + 1)
+    kind = OBJECTIVES[stage.objective].kind
+    data = pipeline.build(stage, kind, made.tokenizer, made.template, workdir / "data", seed=config.seed)
+    return loop.plan_stage(stage, data, sharding.batch_shards(made.mesh), seed, f"config.{name}")
+
+
+def run(config: ConfigDict, workdir: Path, command: str) -> None:
+    """Runs an experiment to its report, or goes on where an earlier run with this workdir stopped.
+
+    Raises:
+      UserError: anything that the user can mend.
+      loop.Interrupted: after SIGINT or SIGTERM.
+    """
+    claim(config, workdir, command)
+    made = setup(config)
+    with jax.set_mesh(made.mesh):
+        write_model_files(made, workdir / "model")
+        probes = load_probes(config)
+        for name in config.stages:
+            train(config, name, made, workdir)
+            if config[name].snapshots.probe:
+                probe_stage(config, name, made, probes, workdir)
+    write_report(config, made, probes, workdir, command)
+
+
+def load_probes(config: ConfigDict) -> list[sets.Probe]:
+    limit = config.probes.max_per_topic or None
+    return sets.load(config.probes.path, topics=config.probes.topics or None, max_per_topic=limit)
+
+
+def train(config: ConfigDict, name: str, made: Setup, workdir: Path) -> None:
+    if (workdir / name / "done.json").exists():
+        say(f"{name}: trained already")
+        return
+    planned = plan(config, name, made, workdir)
+    say(f"{name} data: {data_line(planned.train.counts)}")
+    source = parent(config, name)
+    if source:
+        step = done(workdir, source)["total_steps"]
+        reader = snapshots.open_reader(workdir / source / "snapshots" / str(step))
+        params = hf.place(reader, made.model.params, shardings(made.model, made.mesh))
+    else:
+        params = initial_params(config, made)
+    loop.train_stage(
+        name, config[name], planned, made.model, params, made.mesh, workdir,
+        resume_every=config.resume_every, log_every=config.log_every,
+    )
+
+
+def data_line(counts: dict[str, Any]) -> str:
+    """Rows read, and every reason for which some were dropped or changed, with the first of each."""
+    parts = [f"{counts['rows']} rows read"]
+    for what in ("dropped", "noted"):
+        parts += [f"{what} {n} x {reason} (first: {counts['first'][reason]})" for reason, n in counts[what].items()]
+    return "; ".join(parts)
+
+
+def done(workdir: Path, name: str) -> dict[str, Any]:
+    return json.loads((workdir / name / "done.json").read_text())
+
+
+def probe_stage(config: ConfigDict, name: str, made: Setup, probes: list[sets.Probe], workdir: Path) -> None:
+    """Asks every snapshot of a stage every probe: probes/NAME.parquet."""
+    file = workdir / "probes" / f"{name}.parquet"
+    if file.exists():
+        say(f"{name}: probed already")
+        return
+    steps = snapshots.kept(workdir / name / "snapshots")
+    readers = [snapshots.open_reader(workdir / name / "snapshots" / str(step)) for step in steps]
+    raw = ask(config, made, probes, readers, steps, name)
+    if jax.process_index() == 0:
+        file.parent.mkdir(exist_ok=True)
+        raw.to_parquet(file.with_suffix(".part"), index=False)
+        os.replace(file.with_suffix(".part"), file)
+
+
+def ask(
+    config: ConfigDict, made: Setup, probes: list[sets.Probe], readers: list[hf.Reader], steps: list[int], stage: str
+) -> pd.DataFrame:
+    """Every answer's log-prob under every snapshot, one row each."""
+    wanted = readouts.items(
+        probes, config.probes.readouts, made.tokenizer, made.template, config.probes.max_length
+    )
+    say(f"{stage}: {len(probes)} probes, {len(wanted)} prompts, {len(readers)} snapshots")
+    sums, counts = evaluator.evaluate(
+        made.model, readers, wanted, made.mesh, rows=config.probes.rows,
+        memory_bytes=config.probes.memory_gb * 1e9,
+        progress=lambda batches: loop.progress_over(batches, f"{stage} probes"),
+    )
+    tables = [readouts.raw_table(sums[i], counts, wanted, probes).assign(step=step) for i, step in enumerate(steps)]
+    wordings = readouts.wordings_hash(made.template)
+    return pd.concat(tables, ignore_index=True).assign(stage=stage, seed=config.seed, template_hash=wordings)
+
+
+def write_report(config: ConfigDict, made: Setup, probes: list[sets.Probe], workdir: Path, command: str) -> None:
+    """Drift tables, figures, TensorBoard and report.html from what is in the workdir."""
+    if jax.process_index():
+        return
+    probed = [name for name in config.stages if config[name].snapshots.probe]
+    raw = pd.concat([pd.read_parquet(workdir / "probes" / f"{name}.parquet") for name in probed], ignore_index=True)
+    stages = [
+        report.StageInfo(name, config[name].objective, done(workdir, name)["total_steps"], parent(config, name) or None)
+        for name in config.stages
+    ]
+    facts = {
+        "command": command,
+        "model": config.model.path or config.model.name or "from scratch",
+        "parameters": model_config.num_params(made.model.cfg),
+        "seed": config.seed,
+        "versions": versions(),
+        "probes": probe_facts(config.probes.path, probes),
+        "readouts": ", ".join(config.probes.readouts),
+        "data": [data_facts(name, config[name], done(workdir, name)) for name in config.stages],
+        "config": configs.to_json(config),
+    }
+    finish(workdir, readouts.scores(raw, probes), stages, training_table(config, workdir), facts)
+
+
+def data_facts(name: str, stage: ConfigDict, summary: dict[str, Any]) -> dict[str, Any]:
+    counts = summary["data_counts"]
+    examples = f"{summary['train_examples']} trained on, {summary['held_out_examples']} held out"
+    return {"stage": name, "source": stage.data.path, "examples": examples, "dropped": counts["dropped"] | counts["noted"]}
+
+
+def finish(
+    workdir: Path, scores: pd.DataFrame, stages: list[report.StageInfo], training: pd.DataFrame, facts: dict[str, Any]
+) -> None:
+    """Writes the report and prints the drift table."""
+    analysis = report.write(workdir, scores, stages, training, facts)
+    print(report.summary_table(analysis.drift))
+    print(f"report: {workdir / 'report.html'}")
+
+
+def probe_facts(path: str, probes: list[sets.Probe]) -> dict[str, Any]:
+    counts = ", ".join(f"{n} {what.replace('_', ' ')}" for what, n in sets.describe(probes).items())
+    topics = {probe.topic for probe in probes}
+    directions = {topic: text for topic, text in sets.TOPICS.items() if topic in topics} if path == "builtin" else {}
+    return {"name": path, "description": counts, "directions": directions}
+
+
+def training_table(config: ConfigDict, workdir: Path) -> pd.DataFrame:
+    """All logged metrics in long form: stage, step, metric, value."""
+    rows = [
+        (name, row["step"], metric, value)
+        for name in config.stages
+        for row in map(json.loads, (workdir / name / "metrics.jsonl").read_text().splitlines())
+        for metric, value in row.items()
+        if metric != "step"
+    ]
+    return pd.DataFrame(rows, columns=["stage", "step", "metric", "value"])
+
+
+NO_TRAINING = pd.DataFrame(columns=["stage", "step", "metric", "value"])
+
+
+def versions() -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"vdjax": __version__, "python": sys.version.split()[0], **packages}
+
+
+def claim(config: ConfigDict, workdir: Path, command: str) -> None:
+    """Writes WORKDIR/config.json, or checks that the experiment there is this one.
+
+    Raises:
+      UserError: the workdir holds another experiment; names the fields that differ.
+    """
+    file = workdir / "config.json"
+    mine = json.loads(configs.to_json(config))
+    if file.exists():
+        theirs = json.loads(file.read_text())["config"]
+        before, now = flat(theirs), flat(mine)
+        differ = sorted(
+            key
+            for key in before.keys() | now.keys()
+            if before.get(key) != now.get(key) and not key.startswith(FREE_FIELDS)
+        )
+        if differ:
+            shown = "\n".join(f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differ[:20])
+            raise UserError(f"{workdir} holds an experiment with another config; give a new --workdir.\n{shown}")
+        return
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        content = {"config": mine, "seed": config.seed, "versions": versions(), "command": command}
+        (workdir / "config.json.part").write_text(json.dumps(content, indent=1))
+        os.replace(workdir / "config.json.part", file)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def write_model_files(made: Setup, folder: Path) -> None:
+    """A Hugging Face directory without weights: what an export of a snapshot needs besides parameters."""
+    if jax.process_index() or (folder / "config.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if made.directory:
+        hf.copy_tokenizer(made.directory, folder)
+    made.tokenizer.chat_template = made.template.text
+    made.tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(made.hf_config, indent=2))

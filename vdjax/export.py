@@ -1,0 +1,45 @@
+"""Exports a snapshot as a Hugging Face directory: python -m vdjax.export --snapshot DIR/STAGE/snapshots/STEP --out OUT"""
+
+import argparse
+from pathlib import Path
+
+from vdjax import runtime, sharding, snapshots
+from vdjax.cli import run_cli
+from vdjax.errors import UserError
+from vdjax.models import config as model_config
+from vdjax.models import hf, transformer
+
+
+def export(snapshot: Path, out: Path, dtype: str | None = None) -> None:
+    """Writes config.json, safetensors, tokenizer and chat template of a snapshot to `out`.
+
+    Raises:
+      UserError: not a snapshot of a vdjax workdir, or `out` already holds a model.
+    """
+    snapshot = snapshot.resolve()
+    if len(snapshot.parts) < 4 or snapshot.parent.name != "snapshots":
+        raise UserError(f"--snapshot {snapshot}: expected WORKDIR/STAGE/snapshots/STEP")
+    reader, files = snapshots.open_reader(snapshot), snapshot.parents[2] / "model"
+    hf_config = hf.read_config(files)
+    cfg = model_config.from_hf(hf_config, where=str(files / "config.json"), ignore_fields=tuple(hf_config))
+    _, params = transformer.abstract(cfg)
+    mesh = sharding.make_mesh(fsdp=-1)
+    layout = sharding.param_shardings(transformer.param_axes(cfg), params, mesh)
+    metadata = {"vdjax_snapshot": f"{snapshot.parents[1].name}/{snapshot.name}"}
+    hf.save(hf.place(reader, params, layout), cfg, out, hf_config=hf_config, dtype=dtype, metadata=metadata)
+    hf.copy_tokenizer(files, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m vdjax.export", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--snapshot", type=Path, required=True, metavar="DIR/STAGE/snapshots/STEP")
+    parser.add_argument("--out", type=Path, required=True, help="a directory that does not hold a model yet")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's own")
+    flags = parser.parse_args()
+    runtime.start()
+    export(flags.snapshot, flags.out, flags.dtype)
+    print(f"wrote {flags.out}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,44 @@
+"""Runs an experiment: python -m vdjax.main --config configs/NAME.py --workdir DIR [--config.key=value ...]"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from vdjax import config as configs
+from vdjax import runtime
+from vdjax.cli import run_cli
+from vdjax.errors import UserError
+
+INTERRUPTED = 75  # exit status: stopped by a signal with everything saved; the same command goes on
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m vdjax.main", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a file with get_config()")
+    parser.add_argument("--workdir", type=Path, help="where everything is written; the same one goes on")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done, and do not train")
+    flags, overrides = parser.parse_known_args()
+    command = shlex.join(["python", "-m", "vdjax.main", *sys.argv[1:]])
+    config = configs.load(flags.config, overrides)
+    if flags.workdir is None and not flags.dry_run:
+        raise UserError("--workdir is missing: a directory for snapshots, probes and the report")
+    runtime.start()
+
+    from vdjax import dry_run, experiment
+    from vdjax.train.loop import Interrupted
+
+    if flags.dry_run:
+        dry_run.show(config)
+        return 0
+    try:
+        experiment.run(config, flags.workdir, command)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(f"{stop or 'interrupted'}\nto go on: {command}", file=sys.stderr)
+        return INTERRUPTED
+    print(f"done; the same command shows this again: {command}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

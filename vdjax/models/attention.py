@@ -1,0 +1,102 @@
+"""Rotary position embedding and grouped-query attention over packed rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from vdjax.models.config import ModelConfig
+from vdjax.models.llama3 import scale_frequencies
+
+MASKED = -1e30  # finite, so that padding, which sees nothing, gives finite outputs and gradients
+
+
+def rope_frequencies(cfg: ModelConfig) -> Float[np.ndarray, "half"]:
+    """Radians a position of each pair of head dimensions, theta^(-2i/d); float32 rounding as in transformers.
+
+    Source: Su et al., "RoFormer", arXiv 2104.09864, equation 15.
+    """
+    exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
+    powers = np.power(np.float64(np.float32(cfg.rope_theta)), exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1) / powers
+    return scale_frequencies(frequencies, cfg.rope_scaling) if cfg.rope_scaling else frequencies
+
+
+def rope_tables(
+    cfg: ModelConfig, positions: Int[Array, "batch length"]
+) -> tuple[Float[Array, "batch length 1 half"], Float[Array, "batch length 1 half"]]:
+    """Float32 cosines and sines of the rotation at each position."""
+    angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(cfg)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(
+    x: Float[Array, "batch length heads dim"],
+    cos: Float[Array, "batch length 1 half"],
+    sin: Float[Array, "batch length 1 half"],
+) -> Float[Array, "batch length heads dim"]:
+    """Rotates dimension i with dimension i + dim/2 (the layout of Hugging Face checkpoints), in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def visible(
+    query_index: Int[Array, "queries"],
+    query_segments: Int[Array, "batch queries"],
+    query_sequences: Int[Array, "batch queries"],
+    segment_ids: Int[Array, "batch length"],
+    sequence_ids: Int[Array, "batch length"],
+) -> Bool[Array, "batch queries length"]:
+    """Which tokens of its row a query token sees.
+
+    Those of its own segment (0 is padding and sees nothing) that do not come after it, and of these the shared
+    prompt (sequence id 0) and its own sequence: the responses of a segment are blind to each other.
+    """
+    before = query_index[:, None] >= jnp.arange(segment_ids.shape[1])
+    segment, sequence = query_segments[:, :, None], query_sequences[:, :, None]
+    same_segment = (segment == segment_ids[:, None, :]) & (segment != 0)
+    same_sequence = (sequence_ids[:, None, :] == 0) | (sequence_ids[:, None, :] == sequence)
+    return before & same_segment & same_sequence
+
+
+def attention(
+    q: Float[Array, "batch length heads dim"],
+    k: Float[Array, "batch length kv_heads dim"],
+    v: Float[Array, "batch length kv_heads dim"],
+    segment_ids: Int[Array, "batch length"],
+    sequence_ids: Int[Array, "batch length"],
+    *,
+    query_chunk: int = 0,
+) -> Float[Array, "batch length heads dim"]:
+    """Softmax attention with the visibility rule of `visible`; scores and softmax are float32.
+
+    Query head h attends with key/value head h // (heads / kv_heads).
+
+    Args:
+      query_chunk: queries at a time, recomputed in the backward pass, so that no [length, length] array exists;
+        0 takes all at once. A last chunk that is not full is padded.
+    """
+    batch, length, heads, dim = q.shape
+    groups = heads // k.shape[2]
+    q = q.reshape(batch, length, k.shape[2], groups, dim)
+    index = jnp.arange(length)
+
+    def block(q: Array, index: Array, segments: Array, sequences: Array) -> Array:
+        mask = visible(index, segments, sequences, segment_ids, sequence_ids)
+        scores = jnp.einsum("bqkgd,bmkd->bkgqm", q, k, preferred_element_type=jnp.float32) * dim**-0.5
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
+        return jnp.einsum("bkgqm,bmkd->bqkgd", weights, v)
+
+    if not query_chunk or query_chunk >= length:
+        return block(q, index, segment_ids, sequence_ids).reshape(batch, length, heads, dim)
+
+    def chunks(x: Array, axis: int) -> Array:
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, -length % query_chunk)
+        x = jnp.pad(x, pad)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, query_chunk, *x.shape[axis + 1 :]), axis, 0)
+
+    parts = chunks(q, 1), chunks(index, 0), chunks(segment_ids, 1), chunks(sequence_ids, 1)
+    out = jax.lax.map(lambda part: jax.checkpoint(block)(*part), parts)
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, dim)[:, :length]

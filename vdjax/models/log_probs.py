@@ -1,0 +1,83 @@
+"""Log-probs of scored tokens: the one place where the vocabulary head meets hidden states."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def predecessors(sequence_ids: Int[Array, "rows length"]) -> Int[Array, "rows length"]:
+    """Index in the row of the token whose hidden state predicts each token.
+
+    That is the token before it, but for a response's first token the last token of the shared prompt.
+    """
+    index = jnp.arange(sequence_ids.shape[1])
+    last_shared = jax.lax.cummax(jnp.where(sequence_ids == 0, index, -1), axis=1)
+    before = jnp.pad(sequence_ids, ((0, 0), (1, 0)))[:, :-1]
+    starts = (sequence_ids != before) & (sequence_ids > 0) & (last_shared >= 0)
+    return jnp.maximum(jnp.where(starts, last_shared, index - 1), 0)
+
+
+def token_log_probs(
+    model: Any, batch: Mapping[str, Array], *, chunk: int, groups: int = 1
+) -> Float[Array, "rows length"]:
+    """log pi(token | what it sees) in nats at the tokens of `loss_mask`, 0 elsewhere.
+
+    The scored tokens are gathered to the front and the head is applied to `chunk` of them at a time, in float32, so
+    that no [tokens, vocab] array exists and chunks without a scored token cost nothing.
+
+    Args:
+      model: gives hidden states when called and float32 logits from `project`.
+      batch: a packed batch (`vdjax.data.packing`).
+      chunk: tokens per application of the head and group.
+      groups: parts of the rows that are gathered apart; the number of shards of the batch, so that nothing moves
+        between devices.
+    """
+    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], batch["sequence_ids"])
+    rows, length, width = hidden.shape
+    size = rows // groups * length
+    row_start = (jnp.arange(rows) % (rows // groups) * length)[:, None]
+
+    def flat(x: Array) -> Array:
+        return x.reshape(groups, size, *x.shape[2:])
+
+    scored = flat(batch["loss_mask"])
+    order = jnp.argsort(~scored, axis=1, stable=True)
+    chunk = min(chunk, size)
+    padding = -size % chunk
+
+    def chunks(x: Array) -> Array:
+        x = jnp.pad(jnp.take_along_axis(x, order, axis=1), ((0, 0), (0, padding)))
+        return x.reshape(groups, -1, chunk).swapaxes(0, 1)
+
+    sources = chunks(flat(predecessors(batch["sequence_ids"]) + row_start))
+    targets, wanted = chunks(flat(batch["tokens"])), chunks(scored)
+    states = flat(hidden)
+
+    @jax.checkpoint
+    def score(source: Int[Array, "g c"], target: Int[Array, "g c"]) -> Float[Array, "g c"]:
+        logits = model.project(jnp.take_along_axis(states, source[..., None], axis=1))
+        at_target = jnp.arange(logits.shape[-1]) == target[..., None]
+        return jnp.sum(jnp.where(at_target, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+
+    def body(_: None, xs: tuple[Int[Array, "g c"], Int[Array, "g c"], Bool[Array, "g c"]]) -> tuple[None, Array]:
+        source, target, want = xs
+        out = jax.lax.cond(want.any(), score, lambda *_: jnp.zeros(source.shape, jnp.float32), source, target)
+        return None, jnp.where(want, out, 0)
+
+    _, out = jax.lax.scan(body, None, (sources, targets, wanted))
+    out = out.swapaxes(0, 1).reshape(groups, -1)[:, :size]
+    return jnp.take_along_axis(out, jnp.argsort(order, axis=1), axis=1).reshape(rows, length)
+
+
+def sequence_sums(
+    values: Float[Array, "rows length"], sequence_ids: Int[Array, "rows length"], sequences: int
+) -> Float[Array, "rows sequences"]:
+    """Sums of token values over each sequence of a row; column s holds sequence id s + 1, shared tokens are left out."""
+
+    def one_row(row: Array, ids: Array) -> Array:
+        return jax.ops.segment_sum(row, ids, num_segments=sequences + 1)[1:]
+
+    return jax.vmap(one_row)(values, sequence_ids)

@@ -1,0 +1,247 @@
+"""The decoder of both families: layer-stacked parameters, packed rows in, hidden states out."""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from vdjax.errors import UserError
+from vdjax.models.attention import apply_rope, attention, rope_tables
+from vdjax.models.config import ModelConfig
+from vdjax.sharding import constrain
+
+Params = dict[str, Any]
+Remat = Literal["none", "dots", "full"]
+
+INIT_STDDEV = 0.02
+
+
+def rms_norm(x: Float[Array, "*batch width"], scale: Float[Array, "width"], eps: float) -> Float[Array, "*batch width"]:
+    """x / rms(x) * scale, computed in float32 (Zhang and Sennrich, arXiv 1910.07467, equation 4)."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike, axes: tuple[str, ...]) -> nnx.Param:
+    return nnx.Param((INIT_STDDEV * jax.random.normal(rngs.params(), shape)).astype(dtype), axes=axes)
+
+
+def _ones(size: int, dtype: DTypeLike) -> nnx.Param:
+    return nnx.Param(jnp.ones(size, dtype), axes=("norm",))
+
+
+class Layer(nnx.Module):
+    """One decoder layer: attention, then a gated MLP, each after an RMSNorm and added to the residual stream."""
+
+    def __init__(self, cfg: ModelConfig, query_chunk: int, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.cfg, self.query_chunk = cfg, query_chunk
+        width, heads, kv_heads = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+        self.attention_norm = _ones(width, dtype)
+        self.q_proj = _normal(rngs, (width, heads), dtype, ("embed", "heads"))
+        self.k_proj = _normal(rngs, (width, kv_heads), dtype, ("embed", "kv_heads"))
+        self.v_proj = _normal(rngs, (width, kv_heads), dtype, ("embed", "kv_heads"))
+        self.o_proj = _normal(rngs, (heads, width), dtype, ("heads", "embed"))
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = _ones(cfg.head_dim, dtype), _ones(cfg.head_dim, dtype)
+        self.mlp_norm = _ones(width, dtype)
+        self.gate_proj = _normal(rngs, (width, cfg.intermediate_size), dtype, ("embed", "mlp"))
+        self.up_proj = _normal(rngs, (width, cfg.intermediate_size), dtype, ("embed", "mlp"))
+        self.down_proj = _normal(rngs, (cfg.intermediate_size, width), dtype, ("mlp", "embed"))
+
+    def __call__(
+        self, x: Float[Array, "batch length width"], cos: Array, sin: Array, ids: tuple[Array, Array]
+    ) -> Array:
+        cfg = self.cfg
+
+        def linear(x: Array, kernel: nnx.Param) -> Array:
+            return x @ kernel[...].astype(x.dtype)
+
+        def heads(x: Array, kernel: nnx.Param, axis: str) -> Array:
+            return constrain(linear(x, kernel).reshape(*x.shape[:2], -1, cfg.head_dim), ("batch", "length", axis, None))
+
+        normed = rms_norm(x, self.attention_norm[...], cfg.rms_norm_eps)
+        q = heads(normed, self.q_proj, "heads_act")
+        k = heads(normed, self.k_proj, "kv_heads_act")
+        v = heads(normed, self.v_proj, "kv_heads_act")
+        if cfg.qk_norm:
+            q = rms_norm(q, self.q_norm[...], cfg.rms_norm_eps)
+            k = rms_norm(k, self.k_norm[...], cfg.rms_norm_eps)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        mixed = attention(q, k, v, *ids, query_chunk=self.query_chunk)
+        x = constrain(x + linear(mixed.reshape(*x.shape[:2], -1), self.o_proj), ("batch", "length", "embed_act"))
+
+        normed = rms_norm(x, self.mlp_norm[...], cfg.rms_norm_eps)
+        gated = jax.nn.silu(linear(normed, self.gate_proj)) * linear(normed, self.up_proj)
+        gated = constrain(gated, ("batch", "length", "mlp_act"))
+        return constrain(x + linear(gated, self.down_proj), ("batch", "length", "embed_act"))
+
+
+class Transformer(nnx.Module):
+    """A Llama-3 or Qwen-3 decoder.
+
+    Parameters of all layers are stacked on a leading axis under `layers`; kernels are [layers, in, out]. `embed`
+    and, where embeddings are not tied, `lm_head` are [vocab, width]. Each `nnx.Param` carries the logical names of
+    its axes (without the layer axis) as metadata `axes`.
+
+    Args:
+      cfg: the shape.
+      rngs: stream `params` makes the initial values, normal with deviation 0.02; norms are 1.
+      param_dtype: dtype the parameters are kept in.
+      compute_dtype: dtype of activations and matrix products; norms, rope, softmax and logits are float32.
+      remat: what a layer recomputes in the backward pass: nothing, all but matrix products ("dots"), all ("full").
+      unroll: layers per iteration of the layer loop; True unrolls it whole.
+      query_chunk: queries per attention block (`vdjax.models.attention.attention`).
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike = jnp.float32,
+        compute_dtype: DTypeLike = jnp.float32,
+        remat: Remat = "none",
+        unroll: int | bool = 1,
+        query_chunk: int = 0,
+    ):
+        if remat not in ("none", "dots", "full"):
+            raise UserError(f"remat is {remat!r}; valid: none, dots, full")
+        self.cfg = cfg
+        self.compute_dtype = np.dtype(compute_dtype)
+        self.remat = remat
+        self.unroll = unroll
+        table = (cfg.vocab_size, cfg.hidden_size)
+        self.embed = _normal(rngs, table, param_dtype, ("vocab", "embed"))
+
+        @nnx.split_rngs(splits=cfg.num_layers)
+        @nnx.vmap
+        def make_layers(rngs: nnx.Rngs) -> Layer:
+            return Layer(cfg, query_chunk, param_dtype, rngs)
+
+        self.layers = make_layers(rngs)
+        self.final_norm = _ones(cfg.hidden_size, param_dtype)
+        if not cfg.tie_embeddings:
+            self.lm_head = _normal(rngs, table, param_dtype, ("vocab", "embed"))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        positions: Int[Array, "batch length"],
+        segment_ids: Int[Array, "batch length"],
+        sequence_ids: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch length width"]:
+        """Hidden states after the final norm, in the compute dtype.
+
+        Args:
+          tokens: token ids.
+          positions: rope positions; they need not follow the order of the row.
+          segment_ids: 0 is padding; tokens see only their own segment (`vdjax.models.attention.visible`).
+          sequence_ids: within a segment 0 is the shared prompt, other ids are responses blind to each other; None
+            is all 0.
+        """
+        sequence_ids = jnp.zeros_like(segment_ids) if sequence_ids is None else sequence_ids
+        x = jnp.take(self.embed[...], tokens, axis=0).astype(self.compute_dtype)
+        x = constrain(x, ("batch", "length", "embed_act"))
+        cos, sin = rope_tables(self.cfg, positions)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def apply_layer(x: Array, params: Params) -> tuple[Array, None]:
+            return nnx.merge(graphdef, params)(x, cos, sin, (segment_ids, sequence_ids)), None
+
+        if self.remat != "none":
+            policies = jax.checkpoint_policies
+            policy = policies.nothing_saveable if self.remat == "full" else policies.dots_with_no_batch_dims_saveable
+            # Without a loop between the forward and the recomputed layer XLA would merge the two.
+            apply_layer = jax.checkpoint(apply_layer, policy=policy, prevent_cse=self.unroll is True)
+        x, _ = jax.lax.scan(apply_layer, x, nnx.to_pure_dict(stacked), unroll=self.unroll)
+        return rms_norm(x, self.final_norm[...], self.cfg.rms_norm_eps)
+
+    def project(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
+        """Float32 logits of hidden states: inputs in the compute dtype, sums in float32."""
+        table = self.embed if self.cfg.tie_embeddings else self.lm_head
+        contract_width = (((hidden.ndim - 1,), (1,)), ((), ()))
+        return jax.lax.dot_general(
+            hidden, table[...].astype(hidden.dtype), contract_width, preferred_element_type=jnp.float32
+        )
+
+    def logits(
+        self,
+        tokens: Int[Array, "batch length"],
+        positions: Int[Array, "batch length"] | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch length vocab"]:
+        """Float32 logits of whole rows, for tests and notebooks; training never makes this array.
+
+        Args:
+          tokens: token ids.
+          positions: by default 0, 1, ... from the start of each segment.
+          segment_ids: packed documents, 0 is padding; by default each row is one document.
+
+        Raises:
+          UserError: tokens are not [batch, length], or not ids of the vocabulary.
+        """
+        if np.ndim(tokens) != 2:
+            raise UserError(f"tokens must have the shape [batch, length], not {np.shape(tokens)}")
+        if not isinstance(tokens, jax.core.Tracer) and np.size(tokens):
+            low, high = np.min(tokens), np.max(tokens)
+            if low < 0 or high >= self.cfg.vocab_size:
+                raise UserError(f"token ids must be in [0, {self.cfg.vocab_size}), but are in [{low}, {high}]")
+        tokens = jnp.asarray(tokens)
+        segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
+        positions = segment_positions(segment_ids) if positions is None else jnp.asarray(positions)
+        graphdef, params = split(self)
+        return _logits(graphdef, params, tokens, positions, segment_ids)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graphdef: nnx.GraphDef, params: Params, tokens: Array, positions: Array, segment_ids: Array) -> Array:
+    model = nnx.merge(graphdef, params)
+    return model.project(model(tokens, positions, segment_ids))
+
+
+def segment_positions(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
+    """Positions that count from 0 at the start of each run of one segment id."""
+    index = jnp.arange(segment_ids.shape[1])
+    starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def split(model: Transformer) -> tuple[nnx.GraphDef, Params]:
+    """The static part of a model and its parameters as a nested dict; `nnx.merge` takes them back."""
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def abstract(cfg: ModelConfig, **options: Any) -> tuple[nnx.GraphDef, Params]:
+    """Like `split` of a new `Transformer(cfg, **options)`, with shapes and dtypes in place of arrays."""
+    return split(_abstract_model(cfg, **options))
+
+
+def param_axes(cfg: ModelConfig) -> Params:
+    """Logical axis names of every parameter, in a tree like `params`; stacked ones begin with `layer`."""
+    _, state = nnx.split(_abstract_model(cfg))
+
+    def axes(path: tuple[Any, ...], variable: nnx.Variable) -> tuple[str, ...]:
+        names = variable.get_metadata("axes")
+        return ("layer", *names) if path[0] == "layers" else names
+
+    return nnx.to_pure_dict(nnx.map_state(axes, state))
+
+
+def init_params(cfg: ModelConfig, *, seed: int, param_dtype: DTypeLike = jnp.float32, shardings: Any = None) -> Params:
+    """Seeded initial parameters, made where `shardings` (a tree like `params`) puts them."""
+
+    def make() -> Params:
+        return split(Transformer(cfg, rngs=nnx.Rngs(params=seed), param_dtype=param_dtype))[1]
+
+    return jax.jit(make, out_shardings=shardings)()
+
+
+def _abstract_model(cfg: ModelConfig, **options: Any) -> Transformer:
+    return nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0), **options))

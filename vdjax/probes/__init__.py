@@ -1,0 +1,1 @@
+"""Probe sets, readouts and the vmapped evaluator."""

@@ -1,0 +1,163 @@
+"""The value-probe evaluator: every probe under every snapshot, in one program vmapped over snapshots."""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from vdjax import sharding
+from vdjax.data import packing
+from vdjax.errors import UserError
+from vdjax.models import hf
+from vdjax.models.functional import Model
+from vdjax.models.log_probs import sequence_sums, token_log_probs
+from vdjax.probes.readouts import Item
+
+
+class Layout(NamedTuple):
+    """Items packed into batches of one shape."""
+
+    batches: list[dict[str, np.ndarray]]  # arrays [rows, length]
+    places: np.ndarray  # int64 [items, 3]: batch, row and first sequence of each item
+    shape: packing.Shape
+
+
+def layout(items: Sequence[Item], rows: int) -> Layout:
+    """Packs all items, best fit first, into batches of `rows` rows."""
+    sizes = [len(item.rendered.tokens) for item in items]
+    lengths = packing.row_lengths(max(sizes))
+    length = min(lengths, key=lambda n: len(packing.best_fit(sizes, n)) * packing.row_cost(n))
+    packed = packing.best_fit(sizes, length)
+    answers = [int(item.rendered.branches.max()) for item in items]
+    shape = packing.Shape(rows, length, max(sum(answers[i] for i in row) for row in packed))
+    batches, places = [], np.zeros((len(items), 3), np.int64)
+    for start in range(0, len(packed), rows):
+        part = packed[start : start + rows]
+        batch = packing.pack([item.rendered for item in items], part, shape)
+        batch.pop("source")
+        for r, row in enumerate(part):
+            firsts = np.cumsum([0] + [answers[i] for i in row])
+            for i, first in zip(row, firsts, strict=False):
+                places[i] = len(batches), r, first
+        batches.append(batch)
+    return Layout(batches, places, shape)
+
+
+def groups(snapshots: int, model: Model, memory_bytes: float) -> list[list[int]]:
+    """Snapshot indices of each group that is held at once; all groups have one size, the last repeats its last index.
+
+    Raises:
+      UserError: not even one snapshot fits.
+    """
+    one = sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(model.params))
+    fits = int(memory_bytes // one)
+    if fits < 1:
+        raise UserError(
+            f"probes.memory_gb: {memory_bytes / 1e9:.2f} GB hold no snapshot of {one / 1e9:.2f} GB; raise it, "
+            "or use more devices"
+        )
+    count = -(-snapshots // fits)
+    size = -(-snapshots // count)
+    indices = [min(i, snapshots - 1) for i in range(count * size)]
+    return [indices[i : i + size] for i in range(0, len(indices), size)]
+
+
+def default_memory() -> float:
+    """Half of the memory of all devices together; devices that do not report theirs share the host's."""
+    stats = [d.memory_stats() for d in jax.local_devices()]
+    if all(s and "bytes_limit" in s for s in stats):
+        return 0.5 * sum(s["bytes_limit"] for s in stats) * jax.process_count()
+    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def evaluator_mesh(mesh: Mesh, group_size: int) -> Mesh:
+    """The experiment's devices with as many of its batch shards as divide the group turned to the snapshot axis."""
+    shards = sharding.batch_shards(mesh)
+    snapshot = math.gcd(group_size, shards)
+    sizes = {"snapshot": snapshot, "data": 1, "fsdp": shards // snapshot, "tensor": mesh.shape["tensor"]}
+    return sharding.make_mesh(**sizes, devices=list(mesh.devices.flat))
+
+
+def stacked_shardings(model: Model, mesh: Mesh) -> Any:
+    """Shardings of parameters with a snapshot axis, which lies where `hf.snapshot_axes` says."""
+
+    def one(leaf: Any, axes: tuple, at: int) -> NamedSharding:
+        spec = list(sharding.partition_spec(axes, leaf.shape, mesh.shape))
+        spec.insert(at, "snapshot" if mesh.shape["snapshot"] > 1 else None)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(one, model.params, model.axes, hf.snapshot_axes(model.params))
+
+
+def make_scorer(model: Model, sequences: int, mesh: Mesh) -> Callable[[Any, dict[str, Array]], Array]:
+    """`score(stacked_params, batch)`: log-probs of every sequence under every snapshot, [snapshots, rows, sequences].
+
+    The snapshot axis of layer-stacked parameters comes after the layer axis, where the layer loop needs it: vmapped
+    from the front, the loop would first copy all parameters to bring it there.
+    """
+    shards = sharding.batch_shards(mesh)
+
+    def one(params: Any, batch: dict[str, Array]) -> Float[Array, "rows sequences"]:
+        log_probs = token_log_probs(nnx.merge(model.graphdef, params), batch, chunk=model.head_chunk, groups=shards)
+        return sequence_sums(log_probs, batch["sequence_ids"], sequences)
+
+    axes = hf.snapshot_axes(model.params)
+    return jax.jit(jax.vmap(one, in_axes=(axes, None), spmd_axis_name="snapshot"))
+
+
+def evaluate(
+    model: Model,
+    readers: Sequence[hf.Reader],
+    items: Sequence[Item],
+    mesh: Mesh,
+    *,
+    rows: int = 0,
+    memory_bytes: float = 0,
+    progress: Callable[[Iterable], Iterator] = iter,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores all items under all snapshots.
+
+    Args:
+      readers: one a snapshot (`snapshots.open_reader`, `hf.open_reader`).
+      rows: rows a call; 0 takes four for each batch shard.
+      memory_bytes: for the parameters held at once on all devices; 0 takes half of what there is.
+
+    Returns:
+      sums: float32 [snapshots, items, answers], log-probs in nats; answers that an item lacks are 0.
+      counts: int64 [items, answers], scored tokens.
+    """
+    parts = groups(len(readers), model, memory_bytes or default_memory())
+    mesh = evaluator_mesh(mesh, len(parts[0]))
+    shards = sharding.batch_shards(mesh)
+    plan = layout(items, -(-(rows or 4 * shards) // shards) * shards)
+    most = max(len(item.answers) for item in items)
+    sums = np.zeros((len(readers), len(items), most), np.float32)
+    batch_of, row_of, first = plan.places.T
+    columns = np.minimum(first[:, None] + np.arange(most), plan.shape.sequences - 1)
+    has = np.arange(most) < np.array([len(item.answers) for item in items])[:, None]
+    with jax.set_mesh(mesh):
+        score = make_scorer(model, plan.shape.sequences, mesh)
+        specs = stacked_shardings(model, mesh)
+        for part in parts:
+            params = hf.stack_place([readers[i] for i in part], model.params, specs)
+            out = []
+            for batch in progress(plan.batches):
+                arrays = {k: sharding.put_global(v, sharding.rows_sharding(mesh, 2)) for k, v in batch.items()}
+                out.append(sharding.fetch(score(params, arrays)))
+            found = np.stack(out, axis=1)[:, batch_of[:, None], row_of[:, None], columns]
+            sums[part] = np.where(has, found, 0)
+            del params
+    counts = np.zeros((len(items), most), np.int64)
+    for i, item in enumerate(items):
+        scored = item.rendered.branches[item.rendered.loss_mask]
+        counts[i, : len(item.answers)] = np.bincount(scored, minlength=len(item.answers) + 1)[1:]
+    return sums, counts
+
+

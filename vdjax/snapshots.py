@@ -1,0 +1,101 @@
+"""Orbax: when snapshots are taken, snapshots, resume points, and slices of a snapshot read through tensorstore."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from vdjax.errors import UserError
+
+Reader = Callable[[tuple[str, ...], tuple[slice, ...]], np.ndarray]
+
+
+def schedule(total_steps: int, *, log_spaced: int, every: int) -> list[int]:
+    """Steps at which snapshots are taken: the first, the last, `log_spaced` between them, and multiples of `every`."""
+    steps = {0, total_steps}
+    if log_spaced:
+        ratio = math.log(total_steps) / (log_spaced + 1)
+        steps |= {round(math.exp(ratio * i)) for i in range(1, log_spaced + 1)}
+    if every:
+        steps |= set(range(every, total_steps, every))
+    return sorted(s for s in steps if s <= total_steps)
+
+
+def kept(folder: Path) -> list[int]:
+    """Steps of the snapshots in `folder` that are whole (Orbax renames a snapshot into place when it is)."""
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+
+
+def saver() -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+
+
+def save(checkpointer: ocp.AsyncCheckpointer, folder: Path, step: int, params: Any) -> None:
+    """Starts to write a snapshot; one that is already there is left alone, since the same step gives the same values."""
+    if step not in kept(folder):
+        checkpointer.save(folder.resolve() / str(step), args=ocp.args.StandardSave(params))
+
+
+def open_reader(snapshot: Path) -> Reader:
+    """A function that reads any slice of any parameter of a snapshot, and nothing else.
+
+    Raises:
+      UserError: not a snapshot.
+    """
+    if not (snapshot / "_METADATA").exists():
+        siblings = kept(snapshot.parent)
+        raise UserError(f"{snapshot} is no snapshot" + (f"; steps there: {siblings}" if siblings else ""))
+    stores: dict[tuple[str, ...], Any] = {}
+
+    def read(path: tuple[str, ...], index: tuple[slice, ...]) -> np.ndarray:
+        if path not in stores:
+            kvstore = {"driver": "ocdbt", "base": f"file://{snapshot.resolve()}/", "path": ".".join(path) + "/"}
+            try:
+                stores[path] = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+            except ValueError as error:
+                raise UserError(f"{snapshot}: parameter {'.'.join(path)} cannot be read: {error}") from None
+        return stores[path][index].read().result()
+
+    return read
+
+
+def resume_manager(folder: Path) -> ocp.CheckpointManager:
+    """Rolling resume points; the last two are kept."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    return ocp.CheckpointManager(folder.resolve(), options=options)
+
+
+def save_resume(manager: ocp.CheckpointManager, step: int, state: Any, position: dict) -> None:
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
+    manager.save(step, args=items)
+
+
+def restore_resume(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, dict] | None:
+    """The newest resume point, laid out as `abstract_state` says (its leaves carry shardings); None if there is none."""
+    if manager.latest_step() is None:
+        return None
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore())
+    out = manager.restore(manager.latest_step(), args=items)
+    return out["state"], out["position"]
+
+
+def fingerprint(params: Any) -> str:
+    """A hash of all parameter bits that is the same on any number of devices."""
+
+    def one(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, {2: np.uint16, 4: np.uint32}[x.dtype.itemsize]).astype(np.uint32)
+        place = sum(
+            jax.lax.broadcasted_iota(np.uint32, bits.shape, axis) * np.uint32(math.prod(bits.shape[axis + 1 :]) % 2**32)
+            for axis in range(bits.ndim)
+        )
+        return ((bits ^ (bits >> 15)) * (2 * place + 1) * np.uint32(2654435761)).sum(dtype=np.uint32)
+
+    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(one, tree))(params))
+    text = ",".join(f"{jax.tree_util.keystr(k)}={int(v)}" for k, v in jax.tree_util.tree_leaves_with_path(sums))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
