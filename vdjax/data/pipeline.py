@@ -212,7 +212,6 @@ def iterate(steps: grain.MapDataset) -> grain.DatasetIterator:
 def reference_log_probs(
     data: Dataset,
     batch_size: int,
-    row_length: int,
     row_multiple: int,
     score: Callable[[packing.Shape], Callable[[dict[str, np.ndarray]], np.ndarray]],
     progress: Callable[[Iterable], Iterator],
@@ -223,7 +222,7 @@ def reference_log_probs(
       score: makes, for a shape, the function from a batch to its token log-probs [microbatches, rows, length].
     """
     steps = in_order(len(data), batch_size)
-    shape = plan(data, steps, row_length=row_length, row_multiple=row_multiple)
+    shape = plan(data, steps, row_length=0, row_multiple=row_multiple)
     run = score(shape)
     out = np.zeros(len(data.tokens), np.float32)
     for batch in progress(batches(data, steps, shape, row_multiple)):

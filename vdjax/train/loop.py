@@ -80,7 +80,7 @@ def device_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[
 
 
 def reference(
-    model: Model, params: Any, data: Dataset, stage: ConfigDict, rows: int, length: int, mesh: Any, cache: Path
+    model: Model, params: Any, data: Dataset, stage: ConfigDict, rows: int, mesh: Any, cache: Path
 ) -> np.ndarray:
     """Reference log-probs of a data set: computed once, and kept under a key of all that they depend on."""
     dtype = jax.tree.leaves(params)[0].dtype.name
@@ -92,7 +92,7 @@ def reference(
             return lambda batch: sharding.fetch(step(params, device_batch(batch, mesh)))
 
         values = pipeline.reference_log_probs(
-            data, stage.batch_size, length, rows, score, lambda x: progress_over(x, "reference log-probs")
+            data, stage.batch_size, rows, score, lambda x: progress_over(x, "reference log-probs")
         )
         cache.mkdir(parents=True, exist_ok=True)
         with open(file.with_suffix(".part"), "wb") as out:
@@ -163,7 +163,7 @@ def train_stage(
     def with_reference(data: Dataset) -> np.ndarray | None:
         if not needs_reference:
             return None
-        return reference(model, params, data, stage, rows, plan.shape.length, mesh, cache)
+        return reference(model, params, data, stage, rows, mesh, cache)
 
     batches = pipeline.batches(plan.train, plan.steps, plan.shape, rows, with_reference(plan.train))
     if plan.held_out:
@@ -262,7 +262,9 @@ def train_stage(
         "shape": plan.shape._asdict(),
         "data_counts": plan.train.counts,
     }
-    (folder / "done.json").write_text(json.dumps(summary, indent=1))
+    if jax.process_index() == 0:
+        (folder / "done.json.part").write_text(json.dumps(summary, indent=1))
+        os.replace(folder / "done.json.part", folder / "done.json")
 
 
 def rates(cfg: ModelConfig, batch: dict[str, np.ndarray], seconds: float, peak: float, rate: Any) -> dict[str, float]:
