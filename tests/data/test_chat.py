@@ -200,17 +200,20 @@ def test_what_a_template_does_to_odd_content_is_counted(tmp_path: Path) -> None:
 
 
 def test_offsets_do_not_depend_on_the_post_processor(bpe: Any) -> None:
-    """GPT-2's trims white space from offsets, and a response that begins with it would seem to begin later."""
+    """RoBERTa's and SmolLM2's trims spaces: in "a " + "b" the token " b" would seem to begin behind the boundary."""
     from tokenizers import processors
 
     template = pick_template(bpe, "plain")
     trimming = copy.deepcopy(bpe)
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    for prompt, answers in (("a", ["\n\n b", " c "]), (messages(" a"), ["b\n\n", "c"])):
-        expected, _ = responses(prompt, answers, bpe, replace(template, bos_ids=()))
-        out, _ = responses(prompt, answers, trimming, replace(pick_template(trimming, "plain"), text=template.text))
+    for prompt, answers in (("a ", ["b", "c"]), ("a ", [" b", "c "]), (messages(" a"), ["b  ", "c"])):
+        expected, noted = responses(prompt, answers, bpe, replace(template, bos_ids=()))
+        out, counts = responses(
+            prompt, answers, trimming, replace(pick_template(trimming, "plain"), text=template.text)
+        )
         assert expected is not None and out is not None
         assert [branch(out, k) for k in range(3)] == [branch(expected, k) for k in range(3)]
+        assert counts == noted and counts.noted["boundary_token"] == isinstance(prompt, str)
 
 
 def test_characters_that_the_vocabulary_lacks_are_noted(bpe: Any) -> None:

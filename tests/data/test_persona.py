@@ -111,15 +111,17 @@ def test_drops(write: Write) -> None:
 
 def test_wrong_options(write: Write) -> None:
     path = write([*PRO, *CONTRA])
-    for spec, message in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"topic": ""}, "needs `topic`"),
         ({"view": None}, "needs view"),
         ({"align": "suport"}, "did you mean 'support'"),
+        ({"questions": "What about {topic}?"}, "expected a list"),
         ({"questions": ["What about it?"]}, r"has no \{topic\}"),
         ({"language": "English"}, "is for source 'wildchat'"),
-    ]:
+    ]
+    for spec, message in cases:
         with pytest.raises(UserError, match=message):
-            load(path, **spec)  # type: ignore[arg-type]
+            sources.load({**SPEC, "path": path, **spec}, counts=Counts())
 
 
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=6)

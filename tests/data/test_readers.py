@@ -45,6 +45,7 @@ def test_several_files_and_directories(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "sub/a.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(lines([{"n": name}]))
+    (tmp_path / "README.md").write_text("no data")
     assert [row.id for row in read_rows(str(tmp_path))] == ["a.jsonl:0", "b.jsonl:0", "sub/a.jsonl:0"]
     two = [str(tmp_path / "b.jsonl"), str(tmp_path / "sub/a.jsonl")]
     for path in (two, ",".join(two), ", ".join(two)):

@@ -42,7 +42,6 @@ def examples(rows: Iterator[Row], options: Spec, seed: int, counts: Counts) -> I
     is used twice. Their id is "<file>:<row>+<id of the rejected>". The order depends on the seed and the statements'
     text alone; questions (default QUESTIONS) take turns. Statements below `options.min_confidence` are dropped.
     """
-    _check(options)
     questions = tuple(options.questions) or QUESTIONS
     statements = _statements(rows, options, counts)
     statements.sort(key=lambda s: hashlib.sha256(f"{seed}\0{s.text}".encode()).digest())
@@ -63,7 +62,8 @@ def examples(rows: Iterator[Row], options: Spec, seed: int, counts: Counts) -> I
         yield Example("+".join(s.id for s in pair), (prompt,), tuple(s.text for s in pair))
 
 
-def _check(options: Spec) -> None:
+def check(options: Spec) -> None:
+    """UserError unless the options of this source are complete and right."""
     if not options.topic:
         raise UserError("data: source 'persona' needs `topic`, a phrase that fits 'What do you think about {topic}?'")
     for key in ("view", "align"):
@@ -72,6 +72,8 @@ def _check(options: Spec) -> None:
             raise UserError(
                 f"data: source 'persona' needs {key}, one of {', '.join(SIDES)}; found {value!r}{nearest(value, SIDES)}"
             )
+    if isinstance(options.questions, str):
+        raise UserError(f"data: questions={options.questions!r}, expected a list of templates with {{topic}}")
     for question in options.questions:
         if "{topic}" not in question:
             raise UserError(f"data: question template {question!r} has no {{topic}}")

@@ -82,6 +82,7 @@ def load(spec: Mapping[str, Any], *, seed: int = 0, counts: Counts) -> Iterator[
     if source == "persona":
         from vdjax.data import persona
 
+        persona.check(options)
         return _window(persona.examples(counted, options, seed, counts), options, counts)
     return _window(_parse_rows(counted, SOURCES[source].parse, options, counts), options, counts)
 

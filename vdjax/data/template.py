@@ -35,7 +35,7 @@ class Template:
         turn. end_id: the one put behind an answer for which the template has none (raw text, documents): the eos.
     bos_ids: what the tokenizer by itself puts before raw text: () or one id.
     forbidden: matches the text of special and stop tokens, which no message may contain.
-    encoder: the tokenizer's own rules, without a post-processor that trims offsets (SmolLM2's leaves white space out).
+    encoder: the tokenizer's own rules, without a post-processor that trims offsets (SmolLM2's leaves spaces out).
     lost_bytes: bytes that a byte-level vocabulary has no token for, so that their characters vanish (SmolLM2's lacks
         those of some control characters).
     """
