@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from vdjax.errors import UserError, nearest
 from vdjax.objectives import OBJECTIVES
@@ -35,7 +35,7 @@ def experiment() -> ConfigDict:
     c.model.compute_dtype = "float32"  # bfloat16 on TPU
     c.model.remat = "none"  # what the backward pass recomputes: none, dots (all but matmul results) or full (all)
     c.model.unroll = 1  # layers per iteration of the layer loop
-    c.model.query_chunk = 0  # queries per attention block; 0: all at once
+    c.model.query_chunk = 128  # queries per attention block; 0: all at once
     c.model.head_chunk = 512  # scored tokens per application of the vocabulary head
 
     c.tokenizer = ConfigDict()
@@ -132,8 +132,9 @@ def _assign(config: ConfigDict, name: str, value: Any, key: str) -> None:
         value = float(value)
     if isinstance(old, tuple) and isinstance(value, list):
         value = tuple(value)
-    if old is not None and type(value) is not type(old):
-        raise UserError(f"{key}: expected {type(old).__name__} such as {old!r}, found {value!r}")
+    content = value.get() if isinstance(value, FieldReference) else value  # several fields set by one
+    if old is not None and type(content) is not type(old):
+        raise UserError(f"{key}: expected {type(old).__name__} such as {old!r}, found {content!r}")
     with config.unlocked():
         config[name] = value
 

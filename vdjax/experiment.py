@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -288,8 +289,8 @@ def write_model_files(made: Setup, folder: Path) -> None:
     if jax.process_index() or (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if made.directory:
-        hf.copy_tokenizer(made.directory, folder)
     made.tokenizer.chat_template = made.template.text
     made.tokenizer.save_pretrained(folder)
+    if made.directory and (made.directory / "generation_config.json").exists():
+        shutil.copy(made.directory / "generation_config.json", folder)
     (folder / "config.json").write_text(json.dumps(made.hf_config, indent=2))

@@ -1,6 +1,7 @@
 """Exports a snapshot as a Hugging Face directory: python -m vdjax.export --snapshot DIR/STAGE/snapshots/STEP --out OUT"""
 
 import argparse
+import shutil
 from pathlib import Path
 
 from vdjax import runtime, sharding, snapshots
@@ -27,7 +28,9 @@ def export(snapshot: Path, out: Path, dtype: str | None = None) -> None:
     layout = sharding.param_shardings(transformer.param_axes(cfg), params, mesh)
     metadata = {"vdjax_snapshot": f"{snapshot.parents[1].name}/{snapshot.name}"}
     hf.save(hf.place(reader, params, layout), cfg, out, hf_config=hf_config, dtype=dtype, metadata=metadata)
-    hf.copy_tokenizer(files, out)
+    for file in files.iterdir():
+        if file.name != "config.json":
+            shutil.copy(file, out)
 
 
 def main() -> None:

@@ -74,29 +74,32 @@ def attention(
     Query head h attends with key/value head h // (heads / kv_heads).
 
     Args:
-      query_chunk: queries at a time, recomputed in the backward pass, so that no [length, length] array exists;
-        0 takes all at once. A last chunk that is not full is padded.
+      query_chunk: queries at a time; a block looks only at the keys up to its last query, and its scores are computed
+        again in the backward pass, so that no [length, length] array exists. 0 takes all queries at once and keeps them.
     """
     batch, length, heads, dim = q.shape
-    groups = heads // k.shape[2]
-    q = q.reshape(batch, length, k.shape[2], groups, dim)
+    kv_heads = k.shape[2]
+    # Heads come before positions so that scores leave the matmul in the order in which the softmax reads them.
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     index = jnp.arange(length)
 
-    def block(q: Array, index: Array, segments: Array, sequences: Array) -> Array:
-        mask = visible(index, segments, sequences, segment_ids, sequence_ids)
-        scores = jnp.einsum("bqkgd,bmkd->bkgqm", q, k, preferred_element_type=jnp.float32) * dim**-0.5
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1).astype(v.dtype)
-        return jnp.einsum("bkgqm,bmkd->bqkgd", weights, v)
+    def block(q: Array, k: Array, v: Array, mask: Array) -> Array:
+        queries, keys = q.shape[3], k.shape[2]
+        flat = q.reshape(batch, kv_heads, -1, dim)
+        scores = jnp.einsum("bkqd,bkmd->bkqm", flat, k, preferred_element_type=jnp.float32) * dim**-0.5
+        scores = jnp.where(mask[:, None, None], scores.reshape(batch, kv_heads, -1, queries, keys), MASKED)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, kv_heads, -1, keys)
+        return jnp.einsum("bkqm,bkmd->bkqd", weights, v).reshape(q.shape)
 
-    if not query_chunk or query_chunk >= length:
-        return block(q, index, segment_ids, sequence_ids).reshape(batch, length, heads, dim)
-
-    def chunks(x: Array, axis: int) -> Array:
-        pad = [(0, 0)] * x.ndim
-        pad[axis] = (0, -length % query_chunk)
-        x = jnp.pad(x, pad)
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, query_chunk, *x.shape[axis + 1 :]), axis, 0)
-
-    parts = chunks(q, 1), chunks(index, 0), chunks(segment_ids, 1), chunks(sequence_ids, 1)
-    out = jax.lax.map(lambda part: jax.checkpoint(block)(*part), parts)
-    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, dim)[:, :length]
+    chunk = query_chunk or length
+    run = block if chunk >= length else jax.checkpoint(block)
+    out = []
+    for start in range(0, length, chunk):
+        stop = min(start + chunk, length)
+        mask = visible(
+            index[start:stop], segment_ids[:, start:stop], sequence_ids[:, start:stop],
+            segment_ids[:, :stop], sequence_ids[:, :stop],
+        )
+        out.append(run(q[:, :, :, start:stop], k[:, :, :stop], v[:, :, :stop], mask))
+    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)

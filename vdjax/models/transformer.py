@@ -60,7 +60,7 @@ class Layer(nnx.Module):
         cfg = self.cfg
 
         def linear(x: Array, kernel: nnx.Param) -> Array:
-            return x @ kernel[...].astype(x.dtype)
+            return (x.reshape(-1, x.shape[-1]) @ kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
         def heads(x: Array, kernel: nnx.Param, axis: str) -> Array:
             return constrain(linear(x, kernel).reshape(*x.shape[:2], -1, cfg.head_dim), ("batch", "length", axis, None))

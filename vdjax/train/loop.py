@@ -265,6 +265,8 @@ def train_stage(
     if jax.process_index() == 0:
         (folder / "done.json.part").write_text(json.dumps(summary, indent=1))
         os.replace(folder / "done.json.part", folder / "done.json")
+    if stop_requested():
+        raise Interrupted(f"{name}: stopped after its last step; the stage is finished")
 
 
 def rates(cfg: ModelConfig, batch: dict[str, np.ndarray], seconds: float, peak: float, rate: Any) -> dict[str, float]:

@@ -110,7 +110,7 @@ def make_train_step(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(loss_grad, state.params, one))
         (grads, metrics), _ = jax.lax.scan(add, zeros, dict(batch))
 
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
         def update(state: TrainState) -> TrainState:

@@ -1,0 +1,1 @@
+"""Experiments, one a file; `base` is what those of the paper share."""

@@ -1,0 +1,76 @@
+import os
+import tempfile
+
+# One compile cache for this session and the processes that its tests start; the user's own is left alone.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vdjax-test-compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+import tiny
+
+from vdjax import experiment
+from vdjax import config as configs
+from vdjax.models.functional import Model
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def qwen() -> tuple[Model, Any]:
+    """A tiny Qwen-3 (tied, grouped queries, head_dim 16 of width 32) and parameters that make far from uniform logits."""
+    return tiny.model("qwen")
+
+
+@pytest.fixture(scope="session")
+def llama() -> tuple[Model, Any]:
+    """A tiny untied Llama-3, likewise."""
+    return tiny.model("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with sft.jsonl, preferences.jsonl and probes.jsonl, which tiny_config.py reads."""
+    return tiny.write_data(tmp_path_factory.mktemp("tiny_data"))
+
+
+@pytest.fixture(scope="session")
+def compiles() -> Callable[[], Any]:
+    """`with compiles() as names:` collects the names of all functions that XLA compiles meanwhile."""
+    active: list[list[str]] = []
+
+    def on_event(event: str, _: float, **about: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            for names in active:
+                names.append(about["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(on_event)
+
+    @contextmanager
+    def collect() -> Iterator[list[str]]:
+        names: list[str] = []
+        active.append(names)
+        try:
+            yield names
+        finally:
+            active.remove(names)
+
+    return collect
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, compiles: Any) -> tuple[Path, list[str]]:
+    """The workdir of the tiny experiment run without interruption, and the names of what was compiled for it."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    with compiles() as names:
+        experiment.run(configs.load(tiny.config_spec(tiny_data)), workdir, "COMMAND")
+    return workdir, names

@@ -1,0 +1,37 @@
+"""Runs `python -m vdjax.main` and stops itself: python stop_at.py KILL|TERM|SAVE STAGE STEP [arguments of vdjax.main]
+
+KILL: SIGKILL once the step is logged. TERM: SIGTERM there, which vdjax.main answers. SAVE: SIGKILL while the step's
+snapshot or resume point is being written.
+"""
+
+import os
+import signal
+import sys
+from typing import Any
+
+from vdjax import cli, main, snapshots
+from vdjax.train import loop
+
+
+def arm(how: str, stage: str, at: int) -> None:
+    log_step, save_resume = loop.MetricsLog.step, snapshots.save_resume
+
+    def step(self: loop.MetricsLog, step: int, values: dict[str, float]) -> None:
+        log_step(self, step, values)
+        if (self.name, step) == (stage, at) and how in ("KILL", "TERM"):
+            os.kill(os.getpid(), signal.SIGKILL if how == "KILL" else signal.SIGTERM)
+
+    def save(manager: Any, step: int, *args: Any) -> None:
+        save_resume(manager, step, *args)
+        if (manager.directory.parent.name, step) == (stage, at) and how == "SAVE":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    loop.MetricsLog.step = step  # type: ignore[method-assign]
+    snapshots.save_resume = save
+
+
+if __name__ == "__main__":
+    how, stage, at = sys.argv[1:4]
+    sys.argv = ["main", *sys.argv[4:]]
+    arm(how, stage, int(at))
+    cli.run_cli(main.main)

@@ -1,0 +1,88 @@
+"""Every config loads and is one that an experiment can run, as far as that can be known without a network."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from vdjax import config as configs
+from vdjax.data.readers import HUB_ID
+from vdjax.data.sources import SOURCES
+from vdjax.errors import UserError
+from vdjax.objectives import OBJECTIVES
+
+FOLDER = Path(__file__).parents[1] / "configs"
+SFT_DATA, PREFERENCE_DATA = ("wildchat", "alpaca"), ("ultrafeedback", "hh-rlhf")
+PAPER = {  # file -> what each word of its argument may be
+    f"{family}_{objective}.py": (sizes, SFT_DATA, *([PREFERENCE_DATA] if objective != "sft" else []))
+    for family, sizes in (("qwen3", ("4b", "8b")), ("llama3", ("3b", "8b")))
+    for objective in ("sft", "dpo", "simpo")
+}
+ARGUMENTS = {"smoke.py": ["", "qwen", "llama"]} | {
+    name: ["", *(",".join(words) for words in itertools.product(*parts))] for name, parts in PAPER.items()
+}
+FILES = sorted(f.name for f in FOLDER.glob("*.py") if f.name not in ("base.py", "__init__.py"))
+
+
+def load(name: str, *overrides: str) -> ConfigDict:
+    file, _, arg = name.partition(":")
+    return configs.load(f"{FOLDER / file}:{arg}" if arg else str(FOLDER / file), overrides)
+
+
+@pytest.mark.parametrize("name", [f"{file}:{arg}" for file in FILES for arg in ARGUMENTS.get(file, [""])])
+def test_config_can_be_run(name: str) -> None:
+    c = load(name)
+    for stage in map(c.get, c.stages):
+        data = stage.data
+        assert stage.eval_examples > 0 or stage.objective == "pretrain"
+        if data.source != "auto":
+            assert OBJECTIVES[stage.objective].kind in SOURCES[data.source].kinds
+        if not Path(data.path).suffix:  # a hub id: only a whole commit hash pins what is read
+            assert HUB_ID.fullmatch(data.path)
+            assert re.fullmatch(r"[0-9a-f]{40}", data.revision)
+    restored = ConfigDict(c.to_dict())
+    assert configs.to_json(restored) == configs.to_json(c)
+
+
+def test_files_of_the_paper_are_there() -> None:
+    assert set(PAPER) <= set(FILES)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_config_says_what_the_paper_says(name: str) -> None:
+    objective = name.removesuffix(".py").split("_")[1]
+    for size, sft_data in itertools.product(*PAPER[name][:2]):
+        c = load(f"{name}:{size},{sft_data}")
+        assert c.stages == (("sft",) if objective == "sft" else ("sft", objective))
+        assert size in c.model.path.lower()
+        assert sft_data in c.sft.data.path.lower()
+        assert c.sft.epochs == 3
+        assert c[c.stages[-1]].objective == objective
+        assert (c.model.param_dtype, c.model.compute_dtype, c.mesh.fsdp) == ("float32", "bfloat16", -1)
+
+
+def test_words_of_the_argument_may_come_in_any_order() -> None:
+    assert configs.to_json(load("qwen3_dpo.py:hh-rlhf,8b")) == configs.to_json(load("qwen3_dpo.py:8b,wildchat,hh-rlhf"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("qwen3_dpo.py:3b", "'3b' is unknown"),
+        ("qwen3_dpo.py:8b,hh-rlf", "did you mean 'hh-rlhf'"),
+        ("qwen3_sft.py:ultrafeedback", "'ultrafeedback' is unknown"),
+        ("llama3_simpo.py:3b,8b", "names 3b and 8b"),
+    ],
+)
+def test_wrong_words_are_named(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(name)
+
+
+def test_datasets_and_language_are_set_by_flags() -> None:
+    flags = ("--config.sft.data.revision=" + "0" * 40, "--config.sft.data.options.language=English")
+    c = load("qwen3_sft.py:4b", *flags)
+    assert c.sft.data.revision == "0" * 40
+    assert c.sft.data.options.language == "English"

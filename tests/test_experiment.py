@@ -1,0 +1,142 @@
+"""Whole experiments: interrupted equals uninterrupted, finished ones stay, other ones are refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+
+from vdjax import config as configs
+from vdjax import experiment, snapshots
+from vdjax.errors import UserError
+from vdjax.models import transformer
+from vdjax.models.config import from_hf
+from vdjax.models.hf import _leaves
+from vdjax.probes import evaluator
+from vdjax.train import loop
+
+STAGES = ("sft", "dpo")
+SPEEDS = ("tokens_per_s", "examples_per_s", "mfu", "seconds")
+
+
+def stopped(how: str, stage: str, step: int, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs vdjax.main in a process of its own that stops itself there."""
+    command = [sys.executable, str(tiny.HERE / "stop_at.py"), how, stage, str(step), *arguments]
+    path = os.pathsep.join([str(tiny.HERE.parent), str(tiny.HERE)])
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+
+
+def all_params(snapshot: Path) -> dict[str, np.ndarray]:
+    """Every parameter, bit for bit."""
+    _, shapes = transformer.abstract(from_hf(tiny.SHAPES["qwen"], where="qwen"))
+    read = snapshots.open_reader(snapshot)
+    return {
+        ".".join(path): read(path, tuple(slice(0, n) for n in leaf.shape)).view(np.uint32)
+        for path, leaf in _leaves(shapes)
+    }
+
+
+def metrics(workdir: Path, stage: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (workdir / stage / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in SPEEDS} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, compiles: Any) -> tuple[Path, list[str]]:
+    """The tiny experiment, stopped four times and brought to its end; what the last run compiled."""
+    workdir = tmp_path_factory.mktemp("interrupted") / "run"
+    arguments = ["--config", tiny.config_spec(tiny_data), "--workdir", str(workdir)]
+    # A step is logged when the next one is under way, so the signal at step 5 of 6 comes during the last one.
+    for how, stage, step, says in (
+        ("KILL", "sft", 1, ""),
+        ("TERM", "sft", 5, "sft: stopped after its last step; the stage is finished"),
+        ("SAVE", "dpo", 4, ""),
+        ("TERM", "dpo", 4, "dpo: stopped at step 5 of 6; a resume point was written"),
+    ):
+        result = stopped(how, stage, step, *arguments)
+        if how == "TERM":
+            assert result.returncode == 75, result.stderr
+            assert says in result.stderr
+            assert f"to go on: python -m vdjax.main --config {arguments[1]} --workdir {workdir}" in result.stderr
+        else:
+            assert result.returncode == -signal.SIGKILL, result.stderr
+    assert not (workdir / "dpo" / "done.json").exists()
+    with compiles() as names:
+        experiment.run(configs.load(tiny.config_spec(tiny_data)), workdir, "COMMAND")
+    return workdir, names
+
+
+def test_interrupted_equals_uninterrupted(finished: tuple[Path, list[str]], interrupted: tuple[Path, list[str]]) -> None:
+    one, other = finished[0], interrupted[0]
+    for stage in STAGES:
+        steps = snapshots.kept(one / stage / "snapshots")
+        assert steps == [0, 2, 4, 6] == snapshots.kept(other / stage / "snapshots")
+        for step in steps:
+            a, b = (all_params(workdir / stage / "snapshots" / str(step)) for workdir in (one, other))
+            assert len(a) == 14
+            for name in a:
+                np.testing.assert_array_equal(a[name], b[name], err_msg=f"{stage} {step} {name}")
+        assert metrics(one, stage) == metrics(other, stage)
+        raw = [pd.read_parquet(workdir / "probes" / f"{stage}.parquet") for workdir in (one, other)]
+        pd.testing.assert_frame_equal(*raw)
+    for table in ("drift.csv", "stances.csv"):
+        assert (one / "drift" / table).read_text() == (other / "drift" / table).read_text()
+
+
+def test_training_moves_and_its_log_is_complete(finished: tuple[Path, list[str]]) -> None:
+    workdir = finished[0]
+    first, last = (all_params(workdir / "dpo" / "snapshots" / str(step)) for step in (0, 6))
+    assert all((first[name] != last[name]).any() for name in first)
+    begun, ended = all_params(workdir / "dpo" / "snapshots" / "0"), all_params(workdir / "sft" / "snapshots" / "6")
+    assert all((begun[name] == ended[name]).all() for name in begun)
+    for stage in STAGES:
+        rows = metrics(workdir, stage)
+        assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+        assert [row["step"] for row in rows if "eval_loss" in row] == [0, 3, 6]
+    at_start = next(row for row in metrics(workdir, "dpo") if row["step"] == 1)
+    assert abs(at_start["loss"] - np.log(2)) < 1e-5
+
+
+def test_the_train_step_compiles_once_a_stage(
+    finished: tuple[Path, list[str]], interrupted: tuple[Path, list[str]]
+) -> None:
+    assert finished[1].count("jit(train_step)") == 2
+    assert interrupted[1].count("jit(train_step)") == 1  # only the last stage was left
+    # Nothing of a stage is compiled again and again: evaluation once a held-out set, the scorer once a probing.
+    assert finished[1].count("jit(eval_step)") == 2
+    assert finished[1].count("jit(one)") == 2
+
+
+def test_a_finished_workdir_trains_and_probes_nothing(
+    finished: tuple[Path, list[str]], tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir = finished[0]
+    before = {f: f.stat().st_mtime_ns for stage in STAGES for f in (workdir / stage).rglob("*") if f.is_file()}
+    report = (workdir / "drift" / "drift.csv").read_text()
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("done again")
+
+    monkeypatch.setattr(loop, "train_stage", never)
+    monkeypatch.setattr(evaluator, "evaluate", never)
+    experiment.run(configs.load(tiny.config_spec(tiny_data)), workdir, "COMMAND")
+    assert before == {f: f.stat().st_mtime_ns for stage in STAGES for f in (workdir / stage).rglob("*") if f.is_file()}
+    assert (workdir / "drift" / "drift.csv").read_text() == report
+
+
+def test_another_config_in_the_same_workdir_is_refused(finished: tuple[Path, list[str]], tiny_data: Path) -> None:
+    config = configs.load(tiny.config_spec(tiny_data), ["--config.dpo.hyper.beta=0.2"])
+    with pytest.raises(UserError, match=r"dpo\.hyper\.beta: 0\.1 there, 0\.2 now"):
+        experiment.run(config, finished[0], "COMMAND")
+
+
+def test_how_the_work_is_laid_out_may_change(finished: tuple[Path, list[str]], tiny_data: Path) -> None:
+    config = configs.load(tiny.config_spec(tiny_data), ["--config.mesh.data=8", "--config.resume_every=7"])
+    experiment.claim(config, finished[0], "COMMAND")

@@ -1,0 +1,194 @@
+"""The train step against gradients that are put together from unpacked log-probs and closed-form derivatives."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from scipy.special import expit, log_expit
+
+from vdjax import config as configs
+from vdjax import sharding
+from vdjax.data import pipeline
+from vdjax.data.packing import Shape
+from vdjax.data.pipeline import Dataset
+from vdjax.models.functional import Model
+from vdjax.train import loop
+from vdjax.train.step import LossSpec, TrainState, make_eval_step, make_train_step
+
+PAIRS = tiny.dataset(tiny.preference_examples(3, 7))
+DOCUMENTS = tiny.dataset(tiny.sft_examples(4, 14))
+HYPER: dict[str, dict[str, float]] = {"sft": {}, "dpo": {"beta": 0.3}, "simpo": {"beta": 2.0, "gamma": 0.7}}
+
+# Three ways to lay out the same examples: (row length, rows, rows a microbatch).
+LAYOUTS = [(64, 7, 1), (128, 8, 2), (40, 14, 14)]
+
+
+class Case(NamedTuple):
+    """What one objective should give on its data: loss, metrics and the gradient of the parameters."""
+
+    data: Dataset
+    reference: np.ndarray
+    metrics: dict[str, float]
+    gradient: Any
+
+
+@pytest.fixture(scope="module")
+def cases(qwen: tuple[Model, Any]) -> dict[str, Case]:
+    """Losses and their derivatives by log-prob in float64; the model's own derivative from plain logits."""
+    made, params = qwen
+
+    @jax.jit
+    def pull(params: Any, rows: jax.Array, weights: jax.Array) -> tuple[jax.Array, Any]:
+        out, vjp = jax.vjp(lambda p: tiny.naive_log_probs(made, p, rows), params)
+        return out, vjp(weights)[0]
+
+    def log_probs(parts: tiny.Alone) -> np.ndarray:
+        return np.asarray(pull(params, parts.rows, np.zeros(parts.scored.shape, np.float32))[0], np.float64)
+
+    def gradient(parts: tiny.Alone, weights: np.ndarray) -> Any:
+        return pull(params, parts.rows, (weights * parts.scored).astype(np.float32))[1]
+
+    documents = tiny.each_alone([pipeline.example(DOCUMENTS, i) for i in range(14)])
+    pairs = tiny.each_alone([pipeline.example(PAIRS, i) for i in range(7)])
+    rng = np.random.default_rng(0)
+    reference = np.where(PAIRS.loss_mask, -5 + rng.normal(size=len(PAIRS.tokens)), 0).astype(np.float32)
+
+    tokens = documents.scored.sum()
+    out = {"sft": Case(DOCUMENTS, reference, {}, gradient(documents, np.full(documents.scored.shape, -1 / tokens)))}
+    out["sft"].metrics["loss"] = -log_probs(documents)[documents.scored].sum() / tokens
+
+    token_log_probs = log_probs(pairs)
+    starts = PAIRS.offsets[pairs.source[..., 0]] + pairs.source[..., 1]
+    token_reference = np.where(pairs.scored, reference[np.where(pairs.scored, starts, 0)], 0).astype(np.float64)
+    sums, lengths = (token_log_probs * pairs.scored).sum(1), pairs.scored.sum(1)
+    ref_sums = token_reference.sum(1)
+    sign = np.tile([1, -1], 7)
+    for name in ("dpo", "simpo"):
+        beta = HYPER[name]["beta"]
+        slope = np.full(14, beta) if name == "dpo" else beta / lengths
+        rewards = slope * (sums - ref_sums if name == "dpo" else sums)
+        margins = rewards[::2] - rewards[1::2]
+        shifted = margins - HYPER[name].get("gamma", 0)
+        weights = -expit(-np.repeat(shifted, 2)) * sign * slope / 7
+        metrics = {
+            "loss": -log_expit(shifted).mean(),
+            "reward_chosen": rewards[::2].mean(),
+            "reward_rejected": rewards[1::2].mean(),
+            "reward_margin": margins.mean(),
+            "reward_accuracy": (margins > 0).mean(),
+            "log_prob_chosen": sums[::2].mean(),
+            "log_prob_rejected": sums[1::2].mean(),
+        }
+        if name == "dpo":
+            ratio = (token_reference - token_log_probs)[pairs.scored]
+            metrics["kl_to_reference"] = (np.exp(ratio) - 1 - ratio).mean()
+        out[name] = Case(PAIRS, reference, metrics, gradient(pairs, np.broadcast_to(weights[:, None], (14, 63))))
+    return out
+
+
+def batch_of(data: Dataset, layout: tuple[int, int, int], reference: np.ndarray | None) -> dict[str, np.ndarray]:
+    length, rows, microbatch_rows = layout
+    steps = pipeline.in_order(len(data), len(data))
+    batch = pipeline.batches(data, steps, Shape(rows, length, 14), microbatch_rows, reference)[0]
+    return {k: v for k, v in batch.items() if k in loop.PACKED}
+
+
+def spec_of(made: Model, objective: str, groups: int = 1) -> LossSpec:
+    return LossSpec(made.graphdef, objective, HYPER[objective], 14, 16, groups)
+
+
+def plain_step(made: Model, objective: str, groups: int = 1) -> Any:
+    """Descent with rate 1, so that the parameters move by the gradient."""
+    return jax.jit(make_train_step(spec_of(made, objective, groups), optax.sgd(1.0)))
+
+
+def start(params: Any) -> TrainState:
+    return TrainState(jnp.int32(0), params, optax.sgd(1.0).init(params))
+
+
+def check(state: TrainState, metrics: dict[str, Any], params: Any, case: Case) -> None:
+    assert bool(metrics["finite"]) and int(state.step) == 1
+    assert set(case.metrics) == set(metrics) - {"finite", "grad_norm", "tokens", "pairs"}
+    for name, value in case.metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+    assert float(metrics["tokens"]) == case.data.loss_mask.sum()
+    assert float(metrics.get("pairs", 7)) == 7
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(case.gradient))
+    assert largest > 0.01
+    moved = jax.tree.map(lambda a, b: a - b, params, state.params)
+    for got, want in zip(jax.tree.leaves(moved), jax.tree.leaves(case.gradient), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(largest, 1))
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(case.gradient), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "layout", "groups"),
+    [("dpo", layout, 1) for layout in LAYOUTS] + [("sft", LAYOUTS[1], 2), ("simpo", LAYOUTS[2], 2)],
+)
+def test_gradient_and_metrics_for_any_layout(
+    qwen: tuple[Model, Any], cases: dict[str, Case], objective: str, layout: tuple[int, int, int], groups: int
+) -> None:
+    made, params = qwen
+    case = cases[objective]
+    batch = batch_of(case.data, layout, case.reference if objective == "dpo" else None)
+    state, metrics = plain_step(made, objective, groups)(start(params), batch)
+    check(state, metrics, params, case)
+
+
+def test_empty_microbatches_are_skipped(qwen: tuple[Model, Any], cases: dict[str, Case]) -> None:
+    """Garbage in a microbatch without tokens would spoil the gradient if it were computed."""
+    made, params = qwen
+    batch = batch_of(PAIRS, LAYOUTS[0], cases["dpo"].reference)
+    empty = ~batch["loss_mask"].any(axis=(1, 2))
+    assert empty.any()
+    batch["reference_log_probs"][empty] = np.nan
+    state, metrics = plain_step(made, "dpo")(start(params), batch)
+    check(state, metrics, params, cases["dpo"])
+
+
+def test_a_step_that_is_not_finite_changes_nothing(qwen: tuple[Model, Any], cases: dict[str, Case]) -> None:
+    made, params = qwen
+    batch = batch_of(PAIRS, LAYOUTS[0], cases["dpo"].reference)
+    batch["reference_log_probs"][0, 0, batch["loss_mask"][0, 0].argmax()] = np.nan
+    state, metrics = plain_step(made, "dpo")(start(params), batch)
+    assert not bool(metrics["finite"]) and int(state.step) == 0
+    for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_held_out_evaluation_is_the_same_mean(qwen: tuple[Model, Any], cases: dict[str, Case]) -> None:
+    made, params = qwen
+    case, mesh = cases["dpo"], sharding.make_mesh(devices=jax.devices()[:1])
+    halves = pipeline.batches(PAIRS, pipeline.in_order(7, 4), Shape(4, 64, 8), 2, case.reference)
+    step = jax.jit(make_eval_step(spec_of(made, "dpo")._replace(sequences=8)))
+    found = loop.evaluate(step, params, halves, mesh)
+    assert set(found) == {f"eval_{name}" for name in case.metrics}
+    for name, value in case.metrics.items():
+        np.testing.assert_allclose(found[f"eval_{name}"], value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_dpo_begins_at_ln_2_and_keeps_its_reference(
+    qwen: tuple[Model, Any], tmp_path: Path, compiles: Any
+) -> None:
+    """The reference pass packs the data in its own way."""
+    made, params = qwen
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    stage = configs.stage("dpo", hyper=HYPER["dpo"], batch_size=3)
+    reference = loop.reference(made, params, PAIRS, stage, 1, mesh, tmp_path)
+    want = np.concatenate(tiny.brute_force(made, params, [pipeline.example(PAIRS, i) for i in range(7)]))
+    np.testing.assert_allclose(reference, want, atol=1e-5)
+    _, metrics = plain_step(made, "dpo")(start(params), batch_of(PAIRS, LAYOUTS[0], reference))
+    assert abs(float(metrics["loss"]) - np.log(2)) < 1e-5
+    assert abs(float(metrics["reward_margin"])) < 1e-5 and float(metrics["kl_to_reference"]) < 1e-5
+    with compiles() as names:
+        np.testing.assert_array_equal(loop.reference(made, params, PAIRS, stage, 1, mesh, tmp_path), reference)
+        assert "jit(score_step)" not in names
+        other = jax.tree.map(lambda x: x, params) | {"final_norm": params["final_norm"].at[0].add(1e-3)}
+        changed = loop.reference(made, other, PAIRS, stage, 1, mesh, tmp_path)
+        assert "jit(score_step)" in names
+    assert np.abs(changed - reference).max() > 1e-6
