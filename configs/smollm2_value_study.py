@@ -1,4 +1,4 @@
-"""Do the paper's three findings hold at 135M parameters? SFT on support-aligned statements, then five preference stages.
+"""Do the paper's findings hold at 135M parameters? SFT on support-aligned statements, then five preference stages.
 
 Make the model with scripts/get_smollm2.py. --config.model.path is its directory; --config.persona and --config.hh are
 the statement file anti-immigration.jsonl of anthropics/evals and harmless-base.jsonl.gz of anthropics/hh-rlhf.

@@ -184,7 +184,9 @@ def override(config: ConfigDict, flag: str) -> None:
         where = ".".join(parts[:depth])
         open_ended = where.endswith((".options", ".shape"))
         if not isinstance(node, ConfigDict) or (name not in node and not open_ended):
-            raise UserError(f"--{where}.{name} is no field{nearest(name, node if isinstance(node, ConfigDict) else ())}")
+            raise UserError(
+                f"--{where}.{name} is no field{nearest(name, node if isinstance(node, ConfigDict) else ())}"
+            )
         if depth < len(parts) - 1:
             node = node[name]
     if isinstance(node.get(parts[-1]), ConfigDict):

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from vdjax import config as configs
@@ -23,12 +24,11 @@ def show(config: ConfigDict) -> None:
     made = experiment.setup(config)
     with tempfile.TemporaryDirectory(prefix="vdjax-") as folder, jax.set_mesh(made.mesh):
         print(f"\nmodel: {num_params(made.model.cfg):,} parameters, mesh {dict(made.mesh.shape)}")
+        print(parameter_overview.get_parameter_overview(made.model.params, include_stats=False))
         for name in config.stages:
             show_stage(config, name, made, Path(folder))
         probes = experiment.load_probes(config)
-        items = readouts.items(
-            probes, config.probes.readouts, made.tokenizer, made.template, config.probes.max_length
-        )
+        items = readouts.items(probes, config.probes.readouts, made.tokenizer, made.template, config.probes.max_length)
         print(f"\nprobes: {sets.describe(probes)}")
         print(f"  {len(items)} prompts, {sum(len(i.rendered.tokens) for i in items):,} tokens a snapshot")
         first = config.stages[0]
@@ -44,9 +44,7 @@ def show_stage(config: ConfigDict, name: str, made: experiment.Setup, folder: Pa
     model, mesh = made.model, made.mesh
     optimizer = make_optimizer(stage.optimizer, planned.total_steps)
     layout = loop.state_shardings(optimizer, model, mesh)
-    state = jax.eval_shape(
-        lambda p: TrainState(jax.numpy.int32(0), p, optimizer.init(p)), model.params
-    )
+    state = jax.eval_shape(lambda p: TrainState(jax.numpy.int32(0), p, optimizer.init(p)), model.params)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
     batch = pipeline.batches(planned.train, planned.steps, planned.shape, planned.microbatch_rows)[0]
     rows = sharding.rows_sharding(mesh, 3, row_axis=1)
@@ -56,16 +54,19 @@ def show_stage(config: ConfigDict, name: str, made: experiment.Setup, folder: Pa
         arrays["reference_log_probs"] = jax.ShapeDtypeStruct(arrays["tokens"].shape, "float32", sharding=rows)
     step = jax.jit(make_train_step(spec, optimizer), donate_argnums=0, out_shardings=(layout, None))
     memory = step.lower(state, arrays).compile().memory_analysis()
+    temporaries = size(memory.temp_size_in_bytes) if memory else "unknown on this backend"
     tokens, epochs = len(planned.train.tokens), planned.total_steps * stage.batch_size / len(planned.train)
     print(f"\nstage {name}: {stage.objective}")
     print(f"  {experiment.data_line(planned.train.counts)}")
     print(f"  {len(planned.train):,} training examples, {len(planned.held_out or ()):,} held out")
     print(f"  {planned.total_steps:,} steps, {tokens * epochs:,.0f} tokens ({epochs:.2f} epochs)")
-    print(f"  batches: up to {planned.shape.rows} rows of {planned.shape.length} tokens, "
-          f"{planned.microbatch_rows} at a time")
+    print(
+        f"  batches: up to {planned.shape.rows} rows of {planned.shape.length} tokens, "
+        f"{planned.microbatch_rows} at a time"
+    )
     params = tree_bytes(state.params)
     print(f"  bytes on all devices: parameters {size(params)}, optimizer {size(tree_bytes(state.opt_state))}")
-    print(f"  bytes a device for activations, gradients and other temporaries: {size(memory.temp_size_in_bytes)}")
+    print(f"  bytes a device for activations, gradients and other temporaries: {temporaries}")
     count = len(planned.snapshot_steps)
     print(f"  {count} snapshots at steps {planned.snapshot_steps}: {size(count * params)} on disk")
 

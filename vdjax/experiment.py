@@ -50,22 +50,20 @@ def setup(config: ConfigDict) -> Setup:
       UserError: a model, tokenizer, template or mesh that cannot be had or do not fit together.
     """
     directory = hf.resolve(config.model.path, config.model.revision or None) if config.model.path else None
-    if config.tokenizer.path == "bytes":
-        tok = tokenizer.byte_level()
-    elif config.tokenizer.path or directory:
-        tok = tokenizer.load(config.tokenizer.path or directory)
-    else:
-        raise UserError("config.tokenizer.path is empty; a model from scratch needs one: a directory, hub id or 'bytes'")
+    source = config.tokenizer.path or directory
+    if not source:
+        raise UserError("config.tokenizer.path is empty; a model from scratch needs a directory, hub id or 'bytes'")
+    tok = tokenizer.byte_level() if source == "bytes" else tokenizer.load(source)
     if directory:
         hf_config = hf.read_config(directory)
         where = str(directory / "config.json")
         cfg = model_config.from_hf(hf_config, where=where, ignore_fields=config.model.ignore_fields)
-    elif config.model.name:
-        cfg = model_config.named(config.model.name)
-        hf_config = model_config.to_hf(cfg, dtype=config.model.param_dtype, tokenizer=tok)
     else:
-        hf_config = {"vocab_size": len(tok), **config.model.shape.to_dict()}
-        cfg = model_config.from_hf(hf_config, where="config.model.shape")
+        shape = {"vocab_size": len(tok), **config.model.shape.to_dict()}
+        named = config.model.name
+        cfg = model_config.named(named) if named else model_config.from_hf(shape, where="config.model.shape")
+        ids = {name: getattr(tok, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        hf_config = model_config.to_hf(cfg, dtype=config.model.param_dtype, **ids)
     if len(tok) > cfg.vocab_size:
         raise UserError(f"the tokenizer has {len(tok)} tokens, the model a vocabulary of {cfg.vocab_size}")
     template = chat.pick_template(tok, config.tokenizer.chat_template)
@@ -134,8 +132,15 @@ def train(config: ConfigDict, name: str, made: Setup, workdir: Path) -> None:
     else:
         params = initial_params(config, made)
     loop.train_stage(
-        name, config[name], planned, made.model, params, made.mesh, workdir,
-        resume_every=config.resume_every, log_every=config.log_every,
+        name,
+        config[name],
+        planned,
+        made.model,
+        params,
+        made.mesh,
+        workdir,
+        resume_every=config.resume_every,
+        log_every=config.log_every,
     )
 
 
@@ -170,12 +175,14 @@ def ask(
     config: ConfigDict, made: Setup, probes: list[sets.Probe], readers: list[hf.Reader], steps: list[int], stage: str
 ) -> pd.DataFrame:
     """Every answer's log-prob under every snapshot, one row each."""
-    wanted = readouts.items(
-        probes, config.probes.readouts, made.tokenizer, made.template, config.probes.max_length
-    )
+    wanted = readouts.items(probes, config.probes.readouts, made.tokenizer, made.template, config.probes.max_length)
     say(f"{stage}: {len(probes)} probes, {len(wanted)} prompts, {len(readers)} snapshots")
     sums, counts = evaluator.evaluate(
-        made.model, readers, wanted, made.mesh, rows=config.probes.rows,
+        made.model,
+        readers,
+        wanted,
+        made.mesh,
+        rows=config.probes.rows,
         memory_bytes=config.probes.memory_gb * 1e9,
         progress=lambda batches: loop.progress_over(batches, f"{stage} probes"),
     )
@@ -211,7 +218,8 @@ def write_report(config: ConfigDict, made: Setup, probes: list[sets.Probe], work
 def data_facts(name: str, stage: ConfigDict, summary: dict[str, Any]) -> dict[str, Any]:
     counts = summary["data_counts"]
     examples = f"{summary['train_examples']} trained on, {summary['held_out_examples']} held out"
-    return {"stage": name, "source": stage.data.path, "examples": examples, "dropped": counts["dropped"] | counts["noted"]}
+    reasons = counts["dropped"] | counts["noted"]
+    return {"stage": name, "source": stage.data.path, "examples": examples, "dropped": reasons}
 
 
 def finish(

@@ -1,6 +1,7 @@
-"""Exports a snapshot as a Hugging Face directory: python -m vdjax.export --snapshot DIR/STAGE/snapshots/STEP --out OUT"""
+"""Exports a snapshot as a Hugging Face directory: python -m vdjax.export --snapshot W/STAGE/snapshots/STEP --out OUT"""
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -20,9 +21,11 @@ def export(snapshot: Path, out: Path, dtype: str | None = None) -> None:
     snapshot = snapshot.resolve()
     if len(snapshot.parts) < 4 or snapshot.parent.name != "snapshots":
         raise UserError(f"--snapshot {snapshot}: expected WORKDIR/STAGE/snapshots/STEP")
-    reader, files = snapshots.open_reader(snapshot), snapshot.parents[2] / "model"
+    reader, workdir = snapshots.open_reader(snapshot), snapshot.parents[2]
+    files = workdir / "model"
     hf_config = hf.read_config(files)
-    cfg = model_config.from_hf(hf_config, where=str(files / "config.json"), ignore_fields=tuple(hf_config))
+    ignore = json.loads((workdir / "config.json").read_text())["config"]["model"]["ignore_fields"]
+    cfg = model_config.from_hf(hf_config, where=str(files / "config.json"), ignore_fields=ignore)
     _, params = transformer.abstract(cfg)
     mesh = sharding.make_mesh(fsdp=-1)
     layout = sharding.param_shardings(transformer.param_axes(cfg), params, mesh)

@@ -66,8 +66,10 @@ def main() -> None:
             plan = experiment.plan(config, name, made, Path(folder))
             batches = pipeline.batches(plan.train, plan.steps, plan.shape, plan.microbatch_rows)
             for step in range(min(flags.batches, plan.total_steps)):
-                print(f"\n{name}, batch {step + 1} of {plan.total_steps}, examples "
-                      + ", ".join(plan.train.ids[i] for i in batches[step]["indices"][:8]))
+                print(
+                    f"\n{name}, batch {step + 1} of {plan.total_steps}, examples "
+                    + ", ".join(plan.train.ids[i] for i in batches[step]["indices"][:8])
+                )
                 print(describe(batches[step], made.tokenizer, flags.rows))
 
 

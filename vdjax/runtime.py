@@ -16,7 +16,7 @@ def start() -> None:
     """
     if os.environ.get("JAX_COORDINATOR_ADDRESS") or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
         jax.distributed.initialize()
-    if not jax.config.jax_compilation_cache_dir:
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vdjax" / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -57,7 +57,9 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
-def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> PartitionSpec:
+def partition_spec(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh_shape: Mapping[str, int]
+) -> PartitionSpec:
     """The mesh axes of an array with the given logical axes; an axis that does not divide stays whole."""
     spec: list[Any] = []
     for axis, size in zip(axes, shape, strict=True):

@@ -37,7 +37,7 @@ def saver() -> ocp.AsyncCheckpointer:
 
 
 def save(checkpointer: ocp.AsyncCheckpointer, folder: Path, step: int, params: Any) -> None:
-    """Starts to write a snapshot; one that is already there is left alone, since the same step gives the same values."""
+    """Starts to write a snapshot; one that is there is left alone, since the same step gives the same values."""
     if step not in kept(folder):
         checkpointer.save(folder.resolve() / str(step), args=ocp.args.StandardSave(params))
 
@@ -77,7 +77,7 @@ def save_resume(manager: ocp.CheckpointManager, step: int, state: Any, position:
 
 
 def restore_resume(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, dict] | None:
-    """The newest resume point, laid out as `abstract_state` says (its leaves carry shardings); None if there is none."""
+    """The newest resume point, laid out as the shardings of `abstract_state` say; None if there is none."""
     if manager.latest_step() is None:
         return None
     items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore())

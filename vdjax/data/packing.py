@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from vdjax.data.chat import Rendered
 
@@ -121,9 +121,3 @@ def collect(grid: np.ndarray, source: Int[np.ndarray, "rows length 2"], lengths:
         here = source[..., 0] == index
         values[source[..., 1][here]] = grid[here]
     return out
-
-
-def fill_rate(segment_ids: Int[np.ndarray, "rows length"]) -> float:
-    """Share of the slots of non-empty rows that hold a token."""
-    used: Bool[np.ndarray, " rows"] = (segment_ids > 0).any(axis=1)
-    return float((segment_ids[used] > 0).mean()) if used.any() else 0.0

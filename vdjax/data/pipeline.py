@@ -69,7 +69,10 @@ def build(stage: ConfigDict, kind: str, tokenizer: Any, template: Template, cach
     parts = {
         "format": 2,
         "data": stage.data.to_dict(),
-        "files": [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in readers.local_files(source["path"], source["split"])],
+        "files": [
+            (str(p), p.stat().st_size, p.stat().st_mtime_ns)
+            for p in readers.local_files(source["path"], source["split"])
+        ],
         "kind": kind,
         "max_length": stage.max_length,
         "seed": seed,
@@ -129,8 +132,12 @@ def _write(content: tuple[list[Rendered], list[str], dict[str, Any]], key: str, 
 
 def _read(folder: Path) -> Dataset:
     meta = json.loads((folder / "meta.json").read_text())
-    arrays = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("tokens", "loss_mask", "branches", "offsets"))
-    return Dataset(*arrays, meta["ids"], meta["counts"], meta["key"])
+
+    def array(name: str) -> np.ndarray:
+        return np.load(folder / f"{name}.npy", mmap_mode="r")
+
+    tokens, mask, branches, offsets = map(array, ("tokens", "loss_mask", "branches", "offsets"))
+    return Dataset(tokens, mask, branches, offsets, meta["ids"], meta["counts"], meta["key"])
 
 
 def order(n: int, batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
@@ -157,7 +164,9 @@ def plan(data: Dataset, steps: grain.MapDataset, *, row_length: int, row_multipl
     longest = int(sizes.max())
     if row_length and longest > row_length:
         culprit = data.ids[int(sizes.argmax())]
-        raise UserError(f"row_length={row_length}, but example {culprit} has {longest} tokens; raise row_length to that")
+        raise UserError(
+            f"row_length={row_length}, but example {culprit} has {longest} tokens; raise row_length to that"
+        )
 
     def packed(step: int, length: int) -> list[list[int]]:
         return packing.best_fit([int(sizes[i]) for i in steps[step]], length)
@@ -229,6 +238,8 @@ def reference_log_probs(
         grid = run({k: v for k, v in batch.items() if k not in ("source", "indices")})
         source = batch["source"].reshape(-1, shape.length, 2)
         ends = [int(data.offsets[i + 1] - data.offsets[i]) for i in batch["indices"]]
-        for i, values in zip(batch["indices"], packing.collect(grid.reshape(source.shape[:2]), source, ends), strict=True):
+        for i, values in zip(
+            batch["indices"], packing.collect(grid.reshape(source.shape[:2]), source, ends), strict=True
+        ):
             out[data.offsets[i] : data.offsets[i + 1]] = values
     return out

@@ -34,7 +34,7 @@ PANELS = (  # title, metrics drawn in it; the prefix eval_ marks the held-out va
     ("loss", ("loss", "eval_loss")),
     ("reward accuracy", ("reward_accuracy", "eval_reward_accuracy")),
     ("reward margin", ("reward_margin", "eval_reward_margin")),
-    ("KL to reference", ("kl", "eval_kl")),
+    ("KL to reference", ("kl_to_reference", "eval_kl_to_reference")),
     ("gradient norm", ("grad_norm",)),
     ("learning rate", ("learning_rate",)),
 )

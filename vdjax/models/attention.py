@@ -74,32 +74,33 @@ def attention(
     Query head h attends with key/value head h // (heads / kv_heads).
 
     Args:
-      query_chunk: queries at a time; a block looks only at the keys up to its last query, and its scores are computed
-        again in the backward pass, so that no [length, length] array exists. 0 takes all queries at once and keeps them.
+      query_chunk: queries a block; a block reads only the keys up to its end and is recomputed in the backward pass,
+        so that no [length, length] array exists and about half of the work is saved. 0 is one block, kept.
     """
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
-    # Heads come before positions so that scores leave the matmul in the order in which the softmax reads them.
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    index = jnp.arange(length)
+    # The query heads of one key/value head lie side by side, so that each is one matrix product with no copy of k, v.
+    q = q.reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1)
 
-    def block(q: Array, k: Array, v: Array, mask: Array) -> Array:
-        queries, keys = q.shape[3], k.shape[2]
-        flat = q.reshape(batch, kv_heads, -1, dim)
-        scores = jnp.einsum("bkqd,bkmd->bkqm", flat, k, preferred_element_type=jnp.float32) * dim**-0.5
-        scores = jnp.where(mask[:, None, None], scores.reshape(batch, kv_heads, -1, queries, keys), MASKED)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, kv_heads, -1, keys)
-        return jnp.einsum("bkqm,bkmd->bkqd", weights, v).reshape(q.shape)
+    def block(q: Array, k: Array, v: Array, bias: Array) -> Array:
+        rows = q.reshape(batch, kv_heads, -1, dim)
+        scores = jnp.einsum("bkqd,bkdm->bkqm", rows, k, preferred_element_type=jnp.float32) * dim**-0.5
+        weights = jax.nn.softmax(scores.reshape(*q.shape[:-1], -1) + bias[:, None, None], axis=-1).astype(v.dtype)
+        return jnp.einsum("bkqm,bkdm->bkqd", weights.reshape(*rows.shape[:-1], -1), v).reshape(q.shape)
 
-    chunk = query_chunk or length
-    run = block if chunk >= length else jax.checkpoint(block)
-    out = []
-    for start in range(0, length, chunk):
-        stop = min(start + chunk, length)
+    blocks = []
+    for start in range(0, length, query_chunk or length):
+        end = min(start + (query_chunk or length), length)
         mask = visible(
-            index[start:stop], segment_ids[:, start:stop], sequence_ids[:, start:stop],
-            segment_ids[:, :stop], sequence_ids[:, :stop],
+            jnp.arange(start, end),
+            segment_ids[:, start:end],
+            sequence_ids[:, start:end],
+            segment_ids[:, :end],
+            sequence_ids[:, :end],
         )
-        out.append(run(q[:, :, :, start:stop], k[:, :, :stop], v[:, :, :stop], mask))
-    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
+        bias = jnp.where(mask, 0.0, MASKED)
+        apply = jax.checkpoint(block) if query_chunk else block
+        blocks.append(apply(q[..., start:end, :], k[..., :end], v[..., :end], bias))
+    out = jnp.concatenate(blocks, axis=3)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)

@@ -75,7 +75,7 @@ def token_log_probs(
 def sequence_sums(
     values: Float[Array, "rows length"], sequence_ids: Int[Array, "rows length"], sequences: int
 ) -> Float[Array, "rows sequences"]:
-    """Sums of token values over each sequence of a row; column s holds sequence id s + 1, shared tokens are left out."""
+    """Sums of token values over each sequence of a row; column s is sequence id s + 1, shared tokens are left out."""
 
     def one_row(row: Array, ids: Array) -> Array:
         return jax.ops.segment_sum(row, ids, num_segments=sequences + 1)[1:]

@@ -7,7 +7,9 @@ from jaxtyping import Array, Float
 from vdjax.objectives.pairs import Pairs
 
 
-def simpo(pairs: Pairs, *, beta: float, gamma: float) -> tuple[Float[Array, "*pairs"], dict[str, Float[Array, "*pairs"]]]:
+def simpo(
+    pairs: Pairs, *, beta: float, gamma: float
+) -> tuple[Float[Array, "*pairs"], dict[str, Float[Array, "*pairs"]]]:
     """Loss of each pair: -log sigmoid(beta/|yw| log pi(yw) - beta/|yl| log pi(yl) - gamma).
 
     Meng et al., "SimPO", arXiv 2405.14734, equation 6. No reference model.

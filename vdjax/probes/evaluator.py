@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -37,7 +36,8 @@ def layout(items: Sequence[Item], rows: int) -> Layout:
     packed = packing.best_fit(sizes, length)
     answers = [int(item.rendered.branches.max()) for item in items]
     shape = packing.Shape(rows, length, max(sum(answers[i] for i in row) for row in packed))
-    batches, places = [], np.zeros((len(items), 3), np.int64)
+    batches: list[dict[str, np.ndarray]] = []
+    places = np.zeros((len(items), 3), np.int64)
     for start in range(0, len(packed), rows):
         part = packed[start : start + rows]
         batch = packing.pack([item.rendered for item in items], part, shape)
@@ -159,5 +159,3 @@ def evaluate(
         scored = item.rendered.branches[item.rendered.loss_mask]
         counts[i, : len(item.answers)] = np.bincount(scored, minlength=len(item.answers) + 1)[1:]
     return sums, counts
-
-

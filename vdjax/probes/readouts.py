@@ -77,7 +77,7 @@ def _questions(question: str, readout: str) -> list[tuple[str, str, tuple[str, .
     if readout == "statement":
         pairs = [(stance, answer) for stance in STANCES for answer in STATEMENTS[stance]]
         return [("", question, tuple(s for s, _ in pairs), tuple(a for _, a in pairs))]
-    out = []
+    out: list[tuple[str, str, tuple[str, ...], tuple[str, ...]]] = []
     for order in itertools.permutations(STANCES):
         first, second, third = (OPTIONS[s] for s in order)
         prompt = OPTIONS_PROMPT.format(question=question, first=first, second=second, third=third)
@@ -99,9 +99,7 @@ def _render(
     return out
 
 
-def raw_table(
-    sums: np.ndarray, counts: np.ndarray, all_items: Sequence[Item], probes: Sequence[Probe]
-) -> pd.DataFrame:
+def raw_table(sums: np.ndarray, counts: np.ndarray, all_items: Sequence[Item], probes: Sequence[Probe]) -> pd.DataFrame:
     """One row per answer: probe, readout, order, stance, answer, log_prob (nats, summed), tokens.
 
     Args:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -106,8 +106,8 @@ def loss_spec(model: Model, stage: ConfigDict, shape: Shape, mesh: Any) -> LossS
     return LossSpec(model.graphdef, stage.objective, stage.hyper.to_dict(), shape.sequences, model.head_chunk, groups)
 
 
-def state_shardings(optimizer: optax.GradientTransformation, model: Model, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shardings of a train state: the optimizer's moments lie as their parameters do."""
+def state_shardings(optimizer: optax.GradientTransformation, model: Model, mesh: jax.sharding.Mesh) -> Any:
+    """Shardings, as a TrainState, of a train state: the optimizer's moments lie as their parameters do."""
     whole, params = sharding.replicated(mesh), shardings(model, mesh)
     moments = optax.tree_utils.tree_map_params(
         optimizer,
@@ -116,21 +116,43 @@ def state_shardings(optimizer: optax.GradientTransformation, model: Model, mesh:
         params,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(whole, params, moments)
+    return TrainState(cast(Any, whole), params, moments)
 
 
-def evaluate(step: Callable, params: Any, batches: Any, mesh: Any) -> dict[str, float]:
-    """Means of the objective's loss and metrics over a held-out set."""
-    totals: dict[str, float] = {}
-    for batch in batches:
-        for name, value in jax.device_get(step(params, device_batch(batch, mesh))).items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-    by_token = {"loss"} if "pairs" not in totals else {"kl_to_reference"}
-    return {
-        f"eval_{name}": value / totals["tokens" if name in by_token else "pairs"]
-        for name, value in totals.items()
-        if name not in ("tokens", "pairs")
-    }
+def held_out_evaluation(
+    plan: StagePlan, model: Model, stage: ConfigDict, mesh: jax.sharding.Mesh, with_reference: Callable
+) -> Callable[[Any], dict[str, float]] | None:
+    """A function from parameters to the objective's mean loss and metrics on the held-out examples, if any."""
+    if not plan.held_out:
+        return None
+    steps = pipeline.in_order(len(plan.held_out), stage.batch_size)
+    shape = pipeline.plan(plan.held_out, steps, row_length=0, row_multiple=plan.microbatch_rows)
+    batches = pipeline.batches(plan.held_out, steps, shape, plan.microbatch_rows, with_reference(plan.held_out))
+    step = jax.jit(make_eval_step(loss_spec(model, stage, shape, mesh)))
+
+    def evaluate(params: Any) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        for batch in batches:
+            for name, value in jax.device_get(step(params, device_batch(batch, mesh))).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        tokens, pairs = totals.pop("tokens"), totals.pop("pairs", 0.0)
+        by_token = ("kl_to_reference",) if pairs else ("loss",)
+        return {f"eval_{name}": value / (tokens if name in by_token else pairs) for name, value in totals.items()}
+
+    return evaluate
+
+
+def begin(
+    model: Model, params: Any, optimizer: optax.GradientTransformation, manager: Any, mesh: jax.sharding.Mesh
+) -> tuple[TrainState, dict | None, TrainState]:
+    """The newest resume point with its data position, or a fresh state and None; and the state's shardings."""
+    layout = state_shardings(optimizer, model, mesh)
+    init = jax.jit(lambda p: TrainState(jnp.int32(0), p, optimizer.init(p)), out_shardings=layout, donate_argnums=0)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init, model.params), layout
+    )
+    restored = snapshots.restore_resume(manager, abstract)
+    return (*restored, layout) if restored else (init(params), None, layout)
 
 
 def train_stage(
@@ -166,39 +188,25 @@ def train_stage(
         return reference(model, params, data, stage, rows, mesh, cache)
 
     batches = pipeline.batches(plan.train, plan.steps, plan.shape, rows, with_reference(plan.train))
-    if plan.held_out:
-        held_out_steps = pipeline.in_order(len(plan.held_out), stage.batch_size)
-        held_out_shape = pipeline.plan(plan.held_out, held_out_steps, row_length=0, row_multiple=rows)
-        held_out = pipeline.batches(plan.held_out, held_out_steps, held_out_shape, rows, with_reference(plan.held_out))
-        eval_step = jax.jit(make_eval_step(loss_spec(model, stage, held_out_shape, mesh)))
+    evaluate = held_out_evaluation(plan, model, stage, mesh, with_reference)
 
     # State: fresh, or the newest resume point.
     optimizer = make_optimizer(stage.optimizer, plan.total_steps)
     learning_rate = schedule(stage.optimizer, plan.total_steps)
-    layout = state_shardings(optimizer, model, mesh)
-    init = jax.jit(lambda p: TrainState(jnp.int32(0), p, optimizer.init(p)), out_shardings=layout, donate_argnums=0)
-    abstract_state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init, model.params), layout
-    )
     manager = snapshots.resume_manager(folder / "resume")
-    restored = snapshots.restore_resume(manager, abstract_state)
-    iterator = pipeline.iterate(batches)
-    if restored:
-        state, position = restored
-        iterator.set_state(position)
-    else:
-        state = init(params)
+    state, position, layout = begin(model, params, optimizer, manager, mesh)
     del params
+    iterator = pipeline.iterate(batches)
+    if position is not None:
+        iterator.set_state(position)
     step = int(state.step)
 
     # The one compilation.
-    start = time.perf_counter()
     if step < plan.total_steps:
-        first = device_batch(batches[step], mesh)
+        start = time.perf_counter()
         train_step = jax.jit(make_train_step(spec, optimizer), donate_argnums=0, out_shardings=(layout, None))
-        compiled = train_step.lower(state, first).compile()
+        compiled = train_step.lower(state, device_batch(batches[step], mesh)).compile()
         say(f"{name}: train step compiled in {time.perf_counter() - start:.1f} s")
-        del first
 
     log = MetricsLog(folder / "metrics.jsonl", workdir / "tb" / name, name, step, plan.total_steps, log_every)
     checkpointer, peak = snapshots.saver(), peak_flops()
@@ -214,9 +222,9 @@ def train_stage(
             if not values.pop("finite"):
                 names = [plan.train.ids[i] for i in batch["indices"]]
                 raise UserError(
-                    f"{name}: step {at}: loss {values['loss']}, gradient norm {values['grad_norm']}; nothing of this step "
-                    f"was kept. Its examples: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}. "
-                    f"The last good state is in {folder / 'resume'}; lower the learning rate or look at these examples."
+                    f"{name}: step {at}: loss {values['loss']}, gradient norm {values['grad_norm']}; nothing of it was "
+                    f"kept. Its examples: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}. "
+                    f"The last good state is in {folder / 'resume'}; lower the learning rate, or look at them."
                 )
             seconds, last = time.perf_counter() - last, time.perf_counter()
             log.step(at, values | rates(model.cfg, batch, seconds, peak, learning_rate(at - 1)))
@@ -225,10 +233,10 @@ def train_stage(
         if step in plan.snapshot_steps:
             snapshots.save(checkpointer, folder / "snapshots", step, state.params)
         ends = step in (0, plan.total_steps)
-        if plan.held_out and (ends or (stage.eval_every and step % stage.eval_every == 0)) and not log.has_eval(step):
-            log.evaluation(step, evaluate(eval_step, state.params, held_out, mesh))
+        if evaluate and (ends or (stage.eval_every and step % stage.eval_every == 0)) and step not in log.evaluated:
+            log.evaluation(step, evaluate(state.params))
 
-    if not restored:
+    if step == 0:
         milestone()
     with stop_signals() as stop_requested:
         last = time.perf_counter()
@@ -238,7 +246,8 @@ def train_stage(
             step += 1
             flush()
             pending.append((step, batch, metrics))
-            due = step % resume_every == 0 or stop_requested() or step == plan.total_steps
+            stopping = stop_requested()  # asked once, so that whoever stops here has written a resume point
+            due = step % resume_every == 0 or stopping or step == plan.total_steps
             if due or step in plan.snapshot_steps or (stage.eval_every and step % stage.eval_every == 0):
                 flush()
                 milestone()
@@ -246,7 +255,7 @@ def train_stage(
                     checkpointer.wait_until_finished()
                     snapshots.save_resume(manager, step, state, iterator.get_state())
                 last = time.perf_counter()
-            if stop_requested() and step < plan.total_steps:
+            if stopping and step < plan.total_steps:
                 manager.wait_until_finished()
                 raise Interrupted(f"{name}: stopped at step {step} of {plan.total_steps}; a resume point was written")
     milestone()
@@ -331,7 +340,11 @@ class MetricsLog:
             self.file.writelines(json.dumps(row) + "\n" for row in rows)
             self.tb = tensorboard.open_writer(tb, start_step=step + 1 if step else 0)
         self.bar = tqdm(
-            total=total, initial=step, desc=name, unit="step", disable=not (self.first and sys.stderr.isatty()),
+            total=total,
+            initial=step,
+            desc=name,
+            unit="step",
+            disable=not (self.first and sys.stderr.isatty()),
             file=sys.stderr,
         )
         self.last_line = 0.0
@@ -341,9 +354,6 @@ class MetricsLog:
             self.file.write(json.dumps(row) + "\n")
             scalars = {f"{self.name}/{k}": v for k, v in row.items() if k != "step"}
             tensorboard.scalars(self.tb, row["step"], scalars)
-
-    def has_eval(self, step: int) -> bool:
-        return step in self.evaluated
 
     def step(self, step: int, values: dict[str, float]) -> None:
         if step % self.every == 0 or step == self.total:

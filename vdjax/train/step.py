@@ -61,7 +61,8 @@ def loss_and_metrics(
 
     reference = batch["reference_log_probs"] if objective.needs_reference else jnp.zeros_like(log_probs)
     policy, ref, length = (
-        sequence_sums(x, batch["sequence_ids"], spec.sequences) for x in (log_probs, reference, mask.astype(jnp.float32))
+        sequence_sums(x, batch["sequence_ids"], spec.sequences)
+        for x in (log_probs, reference, mask.astype(jnp.float32))
     )
     pairs = Pairs(policy[:, ::2], policy[:, 1::2], length[:, ::2], length[:, 1::2], ref[:, ::2], ref[:, 1::2])
 

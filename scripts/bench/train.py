@@ -1,0 +1,147 @@
+"""Times vdjax's train step on given rows, and prints one JSON line that can be held beside another trainer's.
+
+    python scripts/bench/train.py --model DIR --rows ROWS.jsonl --objective dpo --batch 4 --steps 6 --warmup 2
+
+A row is {prompt_ids, chosen_ids, rejected_ids}; SFT uses the first two. Rows are taken in file order, `batch` a step.
+`real_tokens_per_s` counts the tokens that a program without shared prompts would process (for DPO the prompt twice),
+so that the figure means the same everywhere; `work_digest` is the SHA-256 of those sequences, warm-up included.
+"""
+
+import argparse
+import hashlib
+import json
+import resource
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vdjax import config as configs
+from vdjax import sharding
+from vdjax.data import pipeline
+from vdjax.data.chat import Rendered
+from vdjax.models import config as model_config
+from vdjax.models import hf
+from vdjax.models.functional import make_model, shardings
+from vdjax.train import loop
+from vdjax.train.flops import peak_flops
+from vdjax.train.optimizer import make_optimizer
+from vdjax.train.step import TrainState, make_train_step
+
+
+def dataset(rows: list[dict], objective: str) -> pipeline.Dataset:
+    examples = []
+    for row in rows:
+        parts = [row["prompt_ids"], row["chosen_ids"]] + ([row["rejected_ids"]] if objective != "sft" else [])
+        branches = np.repeat(np.arange(len(parts), dtype=np.int8), [len(p) for p in parts])
+        mask = branches > 0
+        mask[0] = False
+        branches = branches if objective != "sft" else np.ones_like(branches)
+        examples.append(Rendered(np.concatenate(parts).astype(np.int32), mask, branches))
+    offsets = np.cumsum([0] + [len(e.tokens) for e in examples])
+    arrays = (np.concatenate(x) for x in zip(*examples, strict=True))
+    return pipeline.Dataset(*arrays, offsets, [str(r["row"]) for r in rows], {}, "bench")
+
+
+def sequences(rows: list[dict], batch: int, objective: str) -> list[list[int]]:
+    """The sequences in the order in which a padded trainer meets them: by batch, chosen before rejected."""
+    out = []
+    for start in range(0, len(rows), batch):
+        for key in ("chosen_ids", "rejected_ids") if objective != "sft" else ("chosen_ids",):
+            out += [r["prompt_ids"] + r[key] for r in rows[start : start + batch]]
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--objective", choices=("sft", "dpo", "simpo"), required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warmup", type=int, default=2)
+    flags = parser.parse_args()
+
+    count = (flags.steps + flags.warmup) * flags.batch
+    rows = [json.loads(line) for line in flags.rows.read_text().splitlines()][:count]
+    if len(rows) < count:
+        parser.error(f"{flags.rows}: {count} rows needed, {len(rows)} there")
+    cfg = model_config.from_hf(hf.read_config(flags.model), where=str(flags.model))
+    model, mesh = make_model(cfg, configs.experiment().model), sharding.make_mesh()
+    params = hf.place(hf.open_reader(flags.model, cfg), model.params, shardings(model, mesh))
+    rate = {"learning_rate": 2e-5 if flags.objective == "sft" else 1e-6, "schedule": "constant", "warmup": 0.0}
+    stage = configs.stage(flags.objective, optimizer=rate, batch_size=flags.batch)
+    data = dataset(rows, flags.objective)
+    steps = pipeline.in_order(len(data), flags.batch)
+    shape = pipeline.plan(data, steps, row_length=0, row_multiple=1)
+    optimizer = make_optimizer(stage.optimizer, flags.steps + flags.warmup)
+    spec = loop.loss_spec(model, stage, shape, mesh)
+    peak = peak_flops()
+    with jax.set_mesh(mesh):
+        reference, reference_seconds = None, 0.0
+        if flags.objective == "dpo":
+            reference, reference_seconds = reference_pass(model, params, stage, data, mesh)
+        batches = pipeline.batches(data, steps, shape, 1, reference)
+        state = TrainState(jnp.int32(0), params, optimizer.init(params))
+        first = loop.device_batch(batches[0], mesh)
+        start = time.perf_counter()
+        step = jax.jit(make_train_step(spec, optimizer), donate_argnums=0).lower(state, first).compile()
+        compile_seconds = time.perf_counter() - start
+        seconds, logs = [], []
+        for i in range(len(steps)):
+            start = time.perf_counter()
+            state, metrics = step(state, loop.device_batch(batches[i], mesh))
+            logs.append({k: float(v) for k, v in metrics.items()})
+            seconds.append(time.perf_counter() - start)
+    wall, timed = sum(seconds[flags.warmup :]), rows[flags.warmup * flags.batch :]
+    real = sum(map(len, sequences(timed, flags.batch, flags.objective)))
+    shared = int(data.offsets[-1] - data.offsets[flags.warmup * flags.batch])
+    share = reference_seconds * len(timed) / len(rows)
+    digest = json.dumps([[int(t) for t in s] for s in sequences(rows, flags.batch, flags.objective)])
+    print(
+        json.dumps(
+            {
+                "bench": flags.objective,
+                "trainer": "vdjax",
+                "dtype": "fp32",
+                "batch": flags.batch,
+                "row": shape.length,
+                "examples_per_s": round(len(timed) / wall, 4),
+                "examples_per_s_with_reference": round(len(timed) / (wall + share), 4),
+                "real_tokens_per_s": round(real / wall, 2),
+                "tokens_processed_per_s": round(shared / wall, 2),
+                "wall_s": round(wall, 3),
+                "step_s": [round(s, 3) for s in seconds],
+                "compile_s": round(compile_seconds, 1),
+                "reference_s": round(reference_seconds, 2),
+                "matmul_gflops": round(peak / 1e9),
+                "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                "per_step": {k: [round(log[k], 6) for log in logs] for k in ("loss", "grad_norm")},
+                "work_digest": hashlib.sha256(digest.encode()).hexdigest()[:16],
+            }
+        )
+    )
+
+
+def reference_pass(model, params, stage, data, mesh):
+    """Reference log-probs of all rows, and the seconds they took without compilation."""
+    compiled: dict = {}
+
+    def score(shape):
+        step = jax.jit(loop.make_score_step(loop.loss_spec(model, stage, shape, mesh)))
+        compiled["run"] = lambda batch: sharding.fetch(step(params, loop.device_batch(batch, mesh)))
+        return compiled["run"]
+
+    def timed(batches):
+        compiled["run"]({k: v for k, v in batches[0].items() if k not in ("source", "indices")})
+        compiled["start"] = time.perf_counter()
+        yield from batches
+
+    values = pipeline.reference_log_probs(data, stage.batch_size, 1, score, timed)
+    return values, time.perf_counter() - compiled["start"]
+
+
+if __name__ == "__main__":
+    main()

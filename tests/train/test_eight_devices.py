@@ -1,0 +1,55 @@
+"""Every layout of eight simulated devices gives what one device gives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+# Layout -> the part of a [layers, embed, mlp] kernel of 2 x 32 x 48 that one device holds.
+LAYOUTS = {
+    "data=8": [2, 32, 48],
+    "fsdp=8": [2, 4, 48],
+    "data=2,fsdp=4": [2, 8, 48],
+    "fsdp=4,tensor=2": [2, 8, 24],
+    "data=2,fsdp=2,tensor=2": [2, 16, 24],
+}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join([str(tiny.HERE.parent), str(tiny.HERE)]),
+    }
+    script = str(Path(__file__).parent / "eight_devices.py")
+    result = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ten_steps_give_the_losses_of_one_device(results: dict[str, Any], layout: str) -> None:
+    one, many = results["one"], results[layout]
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(many["grad_norm"], one["grad_norm"], rtol=1e-3)
+    assert max(one["losses"]) - min(one["losses"]) > 0.01
+    assert many["kernel_part"] == many["moment_part"] == LAYOUTS[layout]
+    assert many["fingerprint"] == one["fingerprint"]
+
+
+@pytest.mark.parametrize(("layout", "snapshot_axis"), [("fsdp=8", 4), ("data=2,fsdp=2,tensor=2", 4)])
+def test_probing_with_a_snapshot_axis_gives_the_scores_of_one_device(
+    results: dict[str, Any], layout: str, snapshot_axis: int
+) -> None:
+    assert results["one"]["snapshot_axis"] == 1 and results[layout]["snapshot_axis"] == snapshot_axis
+    one, many = np.array(results["one"]["sums"]), np.array(results[layout]["sums"])
+    assert one.shape == (4, 6, 2) and np.abs(np.diff(one, axis=0)).min() > 1e-3
+    # Sums of up to 12 log-probs of about -6 nats: 1e-5 for each token.
+    np.testing.assert_allclose(many, one, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(many, one, rtol=1e-5)
