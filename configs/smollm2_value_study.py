@@ -5,7 +5,7 @@ the statement file anti-immigration.jsonl of anthropics/evals and harmless-base.
 
 The topic is immigration. SFT answers questions about it with statements in favor of it; every preference stage starts
 from there: DPO and SimPO on pairs whose chosen answer supports it, the same with the pairs flipped, and DPO on HH-RLHF
-pairs, which hardly touch it, as control. Probed are immigration and four topics that no example is about. The numbers
+pairs, which hardly touch it, as control. Probed are immigration and three topics that no example is about. The numbers
 of examples, steps and probes are chosen for about 40 minutes on two cores; learning rates are ours.
 """
 
@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     c.model.path = "models/smollm2-135m"
     c.persona = "data/model-written-evals/anti-immigration.jsonl"
     c.hh = "data/hh-rlhf/harmless-base.jsonl.gz"
-    c.probes.topics = (TOPIC, "abortion", "gun rights", "LGBTQ+ rights", "climate change")
+    c.probes.topics = (TOPIC, "abortion", "gun rights", "climate change")
     c.probes.max_per_topic = 24  # twelve propositions, each asked in both polarities
     c.resume_every = 20
 
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
             objective,
             init_from="sft",
             data=data,
-            eval_examples=32,
+            eval_examples=24,
             batch_size=8,
             max_length=256,
             optimizer={"learning_rate": 1e-5},
@@ -42,14 +42,13 @@ def get_config() -> ConfigDict:
             **fields,
         )
 
-    pairs = {"max_examples": 272}
+    pairs = {"max_examples": 264}
     c.stages = ("sft", "dpo_support", "dpo_oppose", "simpo_support", "simpo_oppose", "dpo_hh")
     c.sft = base.stage(
         "sft",
         data=statements("support"),
-        eval_examples=32,
+        eval_examples=24,
         batch_size=16,
-        epochs=2,
         max_length=256,
         optimizer={"learning_rate": 5e-5},
         snapshots={"log_spaced": 5},

@@ -50,8 +50,12 @@ MODEL = ConfigDict(
 )
 
 
+def model_without_params(family: str) -> Model:
+    return make_model(from_hf(SHAPES[family], where=family), MODEL)
+
+
 def model(family: str) -> tuple[Model, Any]:
-    made = make_model(from_hf(SHAPES[family], where=family), MODEL)
+    made = model_without_params(family)
     params = transformer.init_params(made.cfg, seed=1)
     # The initial logits are nearly equal and would hide mistakes.
     return made, jax.tree.map(lambda x: x if x.ndim == 1 or x.shape[-1] in (16,) else 5 * x, params)

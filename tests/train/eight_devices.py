@@ -38,7 +38,7 @@ def train(made: Model, start: Any, mesh: jax.sharding.Mesh, microbatch_rows: int
     """Ten DPO steps, as `loop.train_stage` makes them."""
     stage = configs.stage("dpo", optimizer={"learning_rate": 1e-3})
     steps = pipeline.order(len(DATA), 8, 4, seed=0)
-    shape = Shape(8, 40, 2)
+    shape = Shape(8, 40, 16)
     batches = pipeline.batches(DATA, steps, shape, microbatch_rows, REFERENCE)
     optimizer = make_optimizer(stage.optimizer, STEPS)
     layout = loop.state_shardings(optimizer, made, mesh)
