@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +82,7 @@ def build(stage: ConfigDict, kind: str, tokenizer: Any, template: Template, cach
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()[:16]
     folder = cache / key
-    if not (folder / "meta.json").exists():
+    if not folder.exists():
         _write(_render_all(stage, kind, tokenizer, template, seed), key, folder)
     return _read(folder)
 
@@ -118,16 +119,19 @@ def _render_all(
 
 
 def _write(content: tuple[list[Rendered], list[str], dict[str, Any]], key: str, folder: Path) -> None:
+    """Fills a folder of its own and moves it into place, so that a folder under that name is always whole."""
     rendered, ids, counts = content
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "tokens.npy", np.concatenate([r.tokens for r in rendered]).astype(np.int32))
-    np.save(folder / "loss_mask.npy", np.concatenate([r.loss_mask for r in rendered]).astype(bool))
-    np.save(folder / "branches.npy", np.concatenate([r.branches for r in rendered]).astype(np.int8))
-    np.save(folder / "offsets.npy", np.cumsum([0] + [len(r.tokens) for r in rendered]).astype(np.int64))
-    meta = json.dumps({"key": key, "ids": ids, "counts": counts})
-    # Written last and moved into place: its presence says that the folder is whole.
-    (folder / "meta.json.part").write_text(meta)
-    os.replace(folder / "meta.json.part", folder / "meta.json")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key}-"))
+    np.save(part / "tokens.npy", np.concatenate([r.tokens for r in rendered]).astype(np.int32))
+    np.save(part / "loss_mask.npy", np.concatenate([r.loss_mask for r in rendered]).astype(bool))
+    np.save(part / "branches.npy", np.concatenate([r.branches for r in rendered]).astype(np.int8))
+    np.save(part / "offsets.npy", np.cumsum([0] + [len(r.tokens) for r in rendered]).astype(np.int64))
+    (part / "meta.json").write_text(json.dumps({"key": key, "ids": ids, "counts": counts}))
+    try:
+        part.rename(folder)
+    except OSError:  # another process was first, with the same content
+        shutil.rmtree(part)
 
 
 def _read(folder: Path) -> Dataset:

@@ -179,9 +179,8 @@ def save(
     Raises:
       UserError: `out_dir` already holds a model, or its dtype is not float32, float16 or bfloat16.
     """
-    name = str(
-        dtype and jnp.dtype(dtype) or hf_config.get("dtype") or hf_config.get("torch_dtype") or params["embed"].dtype
-    )
+    own = hf_config.get("dtype") or hf_config.get("torch_dtype") or params["embed"].dtype
+    name = str(own if dtype is None else jnp.dtype(dtype))
     if name not in DTYPES.values():
         raise UserError(f"{out_dir}: dtype {name} is not one of {', '.join(DTYPES.values())}")
     out_dtype = jnp.dtype(name)

@@ -318,10 +318,15 @@ def say(text: str) -> None:
 
 
 def progress_over(items: Any, what: str) -> Iterator:
-    """Goes through `items` with a progress bar on a terminal, a line at the start and end elsewhere."""
-    quiet = jax.process_index() != 0 or not sys.stderr.isatty()
-    start = time.perf_counter()
-    yield from tqdm(items, desc=what, disable=quiet, file=sys.stderr, leave=False)
+    """Goes through `items` with a progress bar on a terminal, a line every ten seconds elsewhere."""
+    bar = jax.process_index() == 0 and sys.stderr.isatty()
+    start = last = time.perf_counter()
+    for number, item in enumerate(tqdm(items, desc=what, disable=not bar, file=sys.stderr, leave=False), start=1):
+        yield item
+        now = time.perf_counter()
+        if not bar and now - last > 10:
+            last = now
+            say(f"{what} {number}/{len(items)}  about {(now - start) / number * (len(items) - number):.0f} s left")
     say(f"{what}: {len(items)} batches in {time.perf_counter() - start:.1f} s")
 
 
