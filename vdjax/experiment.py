@@ -88,10 +88,11 @@ def parent(config: ConfigDict, name: str) -> str:
 
 def plan(config: ConfigDict, name: str, made: Setup, workdir: Path) -> loop.StagePlan:
     """Renders (or finds rendered) a stage's data and lays out its steps."""
-    stage, seed = config[name], config.seed + 1000 * (config.stages.index(name) + 1)
+    stage = config[name]
     kind = OBJECTIVES[stage.objective].kind
     data = pipeline.build(stage, kind, made.tokenizer, made.template, workdir / "data", seed=config.seed)
-    return loop.plan_stage(stage, data, sharding.batch_shards(made.mesh), seed, f"config.{name}")
+    # One seed for all stages: those that differ in the objective alone meet the same examples in the same order.
+    return loop.plan_stage(stage, data, sharding.batch_shards(made.mesh), config.seed, f"config.{name}")
 
 
 def run(config: ConfigDict, workdir: Path, command: str) -> None:

@@ -41,7 +41,7 @@ def marked(tokens: np.ndarray, mask: np.ndarray, tokenizer: Any) -> str:
     parts = []
     for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
         text = tokenizer.decode(tokens[start:stop].tolist(), skip_special_tokens=False)
-        text = text.encode("unicode_escape").decode() if not text.isprintable() else text
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
         parts.append(f"{begin}{text}{end}" if mask[start] else text)
     return "".join(parts)
 
