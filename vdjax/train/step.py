@@ -75,7 +75,7 @@ def loss_and_metrics(
         "loss": losses,
         **extra,
         "reward_margin": margin,
-        "reward_accuracy": (margin > 0).astype(jnp.float32),
+        "reward_accuracy": (jnp.sign(margin) + 1) / 2,  # a tie, as before the first step, counts one half
         "log_prob_chosen": pairs.chosen,
         "log_prob_rejected": pairs.rejected,
     }
