@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
             eval_examples=24,
             batch_size=8,
             max_length=256,
-            optimizer={"learning_rate": 1e-5},
+            optimizer={"learning_rate": 3e-5},
             snapshots={"log_spaced": 3},
             **fields,
         )
