@@ -13,7 +13,8 @@ def get_config() -> ConfigDict:
     c = base.experiment()
     c.model.path = "models/smollm2-135m"
     c.hh = "data/hh-rlhf/harmless-base.jsonl.gz"
-    c.probes.max_per_topic = 8  # four propositions, each asked in both polarities
+    c.probes.topics = ("immigration", "climate change", "race and racism", "religion and spirituality")
+    c.probes.max_per_topic = 24  # twelve propositions, each asked in both polarities
     c.resume_every = 20
 
     c.stages = ("sft", "dpo")

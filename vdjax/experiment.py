@@ -28,8 +28,8 @@ from vdjax.train.loop import say
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "tensorstore", "numpy", "scipy")
 
-# What may differ between two runs in one workdir: how the work is laid out and shown, not what it is.
-FREE_FIELDS = ("mesh.", "log_every", "resume_every", "probes.rows", "probes.memory_gb", "model.unroll", "model.remat")
+# What may differ between two runs in one workdir: how the work is laid out and shown, and what snapshots are asked.
+FREE_FIELDS = ("mesh.", "log_every", "resume_every", "probes.", "model.unroll", "model.remat")
 
 
 class Setup(NamedTuple):
@@ -158,11 +158,13 @@ def done(workdir: Path, name: str) -> dict[str, Any]:
 
 
 def probe_stage(config: ConfigDict, name: str, made: Setup, probes: list[sets.Probe], workdir: Path) -> None:
-    """Asks every snapshot of a stage every probe: probes/NAME.parquet."""
+    """Asks every snapshot of a stage every probe: probes/NAME.parquet. Answers to other probes are replaced."""
     file = workdir / "probes" / f"{name}.parquet"
+    asked = readouts.asked_hash(probes, config.probes.readouts, made.template)
     if file.exists():
-        say(f"{name}: probed already")
-        return
+        if pd.read_parquet(file, columns=["asked_hash"])["asked_hash"].eq(asked).all():
+            return say(f"{name}: probed already")
+        say(f"{name}: the probes, readouts or chat template changed; asking again")
     steps = snapshots.kept(workdir / name / "snapshots")
     readers = [snapshots.open_reader(workdir / name / "snapshots" / str(step)) for step in steps]
     raw = ask(config, made, probes, readers, steps, name)
@@ -188,8 +190,11 @@ def ask(
         progress=lambda batches: loop.progress_over(batches, f"{stage} probes"),
     )
     tables = [readouts.raw_table(sums[i], counts, wanted, probes).assign(step=step) for i, step in enumerate(steps)]
-    wordings = readouts.wordings_hash(made.template)
-    return pd.concat(tables, ignore_index=True).assign(stage=stage, seed=config.seed, template_hash=wordings)
+    hashes = {
+        "template_hash": readouts.wordings_hash(made.template),
+        "asked_hash": readouts.asked_hash(probes, config.probes.readouts, made.template),
+    }
+    return pd.concat(tables, ignore_index=True).assign(stage=stage, seed=config.seed, **hashes)
 
 
 def write_report(config: ConfigDict, made: Setup, probes: list[sets.Probe], workdir: Path, command: str) -> None:
@@ -197,6 +202,8 @@ def write_report(config: ConfigDict, made: Setup, probes: list[sets.Probe], work
     if jax.process_index():
         return
     probed = [name for name in config.stages if config[name].snapshots.probe]
+    if not probed:
+        return say("no stage has snapshots.probe: there is nothing to report on")
     raw = pd.concat([pd.read_parquet(workdir / "probes" / f"{name}.parquet") for name in probed], ignore_index=True)
     stages = [
         report.StageInfo(name, config[name].objective, done(workdir, name)["total_steps"], parent(config, name) or None)
@@ -278,7 +285,6 @@ def claim(config: ConfigDict, workdir: Path, command: str) -> None:
         if differ:
             shown = "\n".join(f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differ[:20])
             raise UserError(f"{workdir} holds an experiment with another config; give a new --workdir.\n{shown}")
-        return
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         content = {"config": mine, "seed": config.seed, "versions": versions(), "command": command}

@@ -44,6 +44,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, snapshot: int = 1, 
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"mesh {sizes}: sizes are positive, and at most one may be -1")
+    if free and len(devices) % fixed:
+        raise UserError(f"mesh {sizes}: {len(devices)} devices cannot be shared out among {fixed}")
     if free:
         sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):

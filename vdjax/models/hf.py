@@ -307,8 +307,8 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         raise UserError(f"{index}: weight_map must name the file of each tensor")
     stored: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or name != Path(name).name:
-            raise UserError(f"{index}: weight_map[{tensor!r}] is {name!r}, which is not a file name in this directory")
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: weight_map[{tensor!r}] is {name!r}, not a safetensors file in this directory")
         if name not in stored:
             with _open(directory / name) as file:
                 stored[name] = set(file.keys())
@@ -345,7 +345,8 @@ def _check_tied(embed_file: Path, head_file: Path) -> None:
         shape = embed.get_shape()
         rows = max(1, READ_BYTES // (4 * max(math.prod(shape[1:]), 1)))
         same = shape == head.get_shape() and all(
-            np.array_equal(embed[i : i + rows], head[i : i + rows]) for i in range(0, shape[0], rows)
+            np.array_equal(embed[i : min(i + rows, shape[0])], head[i : min(i + rows, shape[0])])
+            for i in range(0, shape[0], rows)
         )
     if not same:
         raise UserError(

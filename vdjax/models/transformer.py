@@ -19,6 +19,7 @@ Params = dict[str, Any]
 Remat = Literal["none", "dots", "full"]
 
 INIT_STDDEV = 0.02
+SUM_PARTS = 8  # of the sums over a kernel's inputs when `Transformer.logits` computes in float32
 
 
 def rms_norm(x: Float[Array, "*batch width"], scale: Float[Array, "width"], eps: float) -> Float[Array, "*batch width"]:
@@ -26,6 +27,16 @@ def rms_norm(x: Float[Array, "*batch width"], scale: Float[Array, "width"], eps:
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def product(
+    x: Float[Array, "rows inner"], kernel: Float[Array, "inner outer"], parts: int
+) -> Float[Array, "rows outer"]:
+    """x @ kernel, with the sum over `inner` taken in `parts` parts: more of them round less and take longer."""
+    if parts == 1:
+        return x @ kernel
+    pieces = zip(jnp.array_split(x, parts, axis=1), jnp.array_split(kernel, parts, axis=0), strict=True)
+    return sum((a @ b for a, b in pieces), start=jnp.zeros((), x.dtype))
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike, axes: tuple[str, ...]) -> nnx.Param:
@@ -41,6 +52,7 @@ class Layer(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, query_chunk: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.cfg, self.query_chunk = cfg, query_chunk
+        self.sum_parts = 1
         width, heads, kv_heads = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         self.attention_norm = _ones(width, dtype)
         self.q_proj = _normal(rngs, (width, heads), dtype, ("embed", "heads"))
@@ -60,7 +72,8 @@ class Layer(nnx.Module):
         cfg = self.cfg
 
         def linear(x: Array, kernel: nnx.Param) -> Array:
-            return (x.reshape(-1, x.shape[-1]) @ kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
+            rows = x.reshape(-1, x.shape[-1])
+            return product(rows, kernel[...].astype(x.dtype), self.sum_parts).reshape(*x.shape[:-1], -1)
 
         def heads(x: Array, kernel: nnx.Param, axis: str) -> Array:
             return constrain(linear(x, kernel).reshape(*x.shape[:2], -1, cfg.head_dim), ("batch", "length", axis, None))
@@ -202,7 +215,15 @@ class Transformer(nnx.Module):
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(graphdef: nnx.GraphDef, params: Params, tokens: Array, positions: Array, segment_ids: Array) -> Array:
     model = nnx.merge(graphdef, params)
-    return model.project(model(tokens, positions, segment_ids))
+    if model.compute_dtype != jnp.float32:
+        return model.project(model(tokens, positions, segment_ids))
+    # Nobody waits for these logits, but they are compared: make them as good as float32 can be on any device.
+    with jax.default_matmul_precision("highest"):
+        model.layers.sum_parts = SUM_PARTS
+        hidden = model(tokens, positions, segment_ids)
+        table = model.embed if model.cfg.tie_embeddings else model.lm_head
+        rows = product(hidden.reshape(-1, hidden.shape[-1]), table[...].astype(jnp.float32).T, SUM_PARTS)
+    return rows.reshape(*tokens.shape, -1)
 
 
 def segment_positions(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batch length"]:

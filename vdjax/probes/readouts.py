@@ -54,6 +54,12 @@ def wordings_hash(template: Template) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def asked_hash(probes: Sequence[Probe], readouts: Sequence[str], template: Template) -> str:
+    """Hash of everything that is asked: answers under one hash can be compared."""
+    text = repr((wordings_hash(template), tuple(readouts), [(p.id, p.input) for p in probes]))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def items(
     probes: Sequence[Probe], readouts: Sequence[str], tokenizer: Any, template: Template, max_length: int
 ) -> list[Item]:
