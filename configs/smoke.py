@@ -9,6 +9,7 @@ from importlib import resources
 from ml_collections import ConfigDict
 
 from vdjax import config as base
+from vdjax.errors import UserError, nearest
 
 DATA = resources.files("vdjax.data") / "smoke"
 
@@ -29,6 +30,8 @@ SHAPES = {
 
 
 def get_config(family: str = "qwen") -> ConfigDict:
+    if family not in SHAPES:
+        raise UserError(f"configs/smoke.py:{family}{nearest(family, SHAPES)}")
     c = base.experiment()
     c.model.shape = ConfigDict(
         {

@@ -44,7 +44,7 @@ CASES = {
     "llama_rope3": case("llama", 8, 2, 64, theta=500000.0, context=32, old=True),
     "llama_rope3_tied": case("llama", 5, 1, 128, theta=500000.0, context=16, tied=True),
     "llama_rope3_far": case("llama", 3, 3, 64, theta=500000.0, context=8192, start=9000, old=True),
-    "llama_derived_head_dim": case("llama", 3, 1, None, hidden_size=96, tied=True, old=True),
+    "llama_derived_head_dim": case("llama", 3, 1, None, hidden_size=96, layers=1, tied=True, old=True),
     "llama_beyond_context": case("llama", 7, 1, 48, max_positions=24),
     "qwen3_mha": case("qwen3", 3, 3, 32, theta=1000000.0, old=True, dtype="float32"),
     "qwen3_gqa2": case("qwen3", 4, 2, 128, theta=1000000.0, tied=True),
@@ -54,7 +54,7 @@ CASES = {
     "qwen3_rope3": case("qwen3", 6, 2, 32, theta=1000000.0, context=32, tied=True),
     "qwen3_beyond_context": case("qwen3", 9, 3, 40, max_positions=24, start=300),
 }
-LENGTHS = (70, 1, 19, 30)  # of the segments
+LENGTHS = (48, 1, 9, 14)  # of the segments
 
 
 def make_config(spec: dict[str, Any]) -> transformers.PreTrainedConfig:
@@ -85,7 +85,7 @@ def randomise(model: torch.nn.Module) -> None:
             if "norm" in name:
                 value.copy_(1 + 0.3 * torch.randn_like(value))
             else:
-                value.normal_(std=1.0 if "embed" in name else 1.4 * value.shape[1] ** -0.5)
+                value.normal_(std=(3.0 if "embed" in name else 1.4) * value.shape[1] ** -0.5)
 
 
 def rewrite_old(path: Path) -> None:

@@ -16,8 +16,8 @@ import jax
 import pytest
 import tiny
 
-from vdjax import experiment
 from vdjax import config as configs
+from vdjax import experiment
 from vdjax.models.functional import Model
 
 
@@ -27,7 +27,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session")
 def qwen() -> tuple[Model, Any]:
-    """A tiny Qwen-3 (tied, grouped queries, head_dim 16 of width 32) and parameters that make far from uniform logits."""
+    """A tiny Qwen-3 (tied, head_dim 16 of width 32) and parameters whose logits are far from uniform."""
     return tiny.model("qwen")
 
 
@@ -48,10 +48,10 @@ def compiles() -> Callable[[], Any]:
     """`with compiles() as names:` collects the names of all functions that XLA compiles meanwhile."""
     active: list[list[str]] = []
 
-    def on_event(event: str, _: float, **about: Any) -> None:
+    def on_event(event: str, duration_secs: float, **about: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             for names in active:
-                names.append(about["fun_name"])
+                names.append(str(about["fun_name"]))
 
     jax.monitoring.register_event_duration_secs_listener(on_event)
 

@@ -21,8 +21,8 @@ def arm(how: str, stage: str, at: int) -> None:
         if (self.name, step) == (stage, at) and how in ("KILL", "TERM"):
             os.kill(os.getpid(), signal.SIGKILL if how == "KILL" else signal.SIGTERM)
 
-    def save(manager: Any, step: int, *args: Any) -> None:
-        save_resume(manager, step, *args)
+    def save(manager: Any, step: int, state: Any, position: dict) -> None:
+        save_resume(manager, step, state, position)
         if (manager.directory.parent.name, step) == (stage, at) and how == "SAVE":
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,8 +30,8 @@ SPEEDS = ("tokens_per_s", "examples_per_s", "mfu", "seconds")
 def stopped(how: str, stage: str, step: int, *arguments: str) -> subprocess.CompletedProcess:
     """Runs vdjax.main in a process of its own that stops itself there."""
     command = [sys.executable, str(tiny.HERE / "stop_at.py"), how, stage, str(step), *arguments]
-    path = os.pathsep.join([str(tiny.HERE.parent), str(tiny.HERE)])
-    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    env = os.environ | {"PYTHONPATH": str(tiny.HERE)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
 def all_params(snapshot: Path) -> dict[str, np.ndarray]:
@@ -75,7 +76,9 @@ def interrupted(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, compi
     return workdir, names
 
 
-def test_interrupted_equals_uninterrupted(finished: tuple[Path, list[str]], interrupted: tuple[Path, list[str]]) -> None:
+def test_interrupted_equals_uninterrupted(
+    finished: tuple[Path, list[str]], interrupted: tuple[Path, list[str]]
+) -> None:
     one, other = finished[0], interrupted[0]
     for stage in STAGES:
         steps = snapshots.kept(one / stage / "snapshots")
@@ -142,3 +145,17 @@ def test_another_config_in_the_same_workdir_is_refused(finished: tuple[Path, lis
 def test_how_the_work_is_laid_out_may_change(finished: tuple[Path, list[str]], tiny_data: Path) -> None:
     config = configs.load(tiny.config_spec(tiny_data), ["--config.mesh.data=8", "--config.resume_every=7"])
     experiment.claim(config, finished[0], "COMMAND")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_examples(tiny_data: Path, tmp_path: Path) -> None:
+    config = configs.load(tiny.config_spec(tiny_data), ["--config.sft.optimizer.learning_rate=1e30"])
+    with pytest.raises(UserError) as stop:
+        experiment.run(config, tmp_path / "run", "COMMAND")
+    plan = experiment.plan(config, "sft", experiment.setup(config), tmp_path / "run")
+    examples = ", ".join(plan.train.ids[i] for i in plan.steps[1])
+    assert re.search(r"sft: step 2: loss \S+, gradient norm \S+; nothing of it was kept", str(stop.value))
+    assert examples in str(stop.value)
+    # Step 2 is one for a snapshot and a resume point; neither was taken.
+    assert snapshots.kept(tmp_path / "run" / "sft" / "snapshots") == [0]
+    assert not list((tmp_path / "run" / "sft" / "resume").glob("[0-9]*"))
+    assert [row["step"] for row in metrics(tmp_path / "run", "sft")] == [0, 1]

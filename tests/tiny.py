@@ -66,7 +66,7 @@ def config_spec(folder: Path) -> str:
 
 
 def write_data(folder: Path) -> Path:
-    things = ("a cat", "tea", "rain", "the sea", "a hat", "snow", "bread", "a red bus", "my bike", "a tall tree", "salt")
+    things = ("a cat", "tea", "rain", "the sea", "a hat", "snow", "bread", "a bus", "my bike", "a tree", "salt")
 
     def messages(*turns: str) -> list[dict[str, str]]:
         return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
@@ -117,8 +117,8 @@ def sft_examples(seed: int, count: int, longest: int = 30) -> list[Rendered]:
 
 def dataset(examples: Sequence[Rendered]) -> Dataset:
     offsets = np.cumsum([0] + [len(e.tokens) for e in examples])
-    parts = (np.concatenate([getattr(e, name) for e in examples]) for name in Rendered._fields)
-    return Dataset(*parts, offsets, [f"example-{i}" for i in range(len(examples))], {}, "key")
+    tokens, loss_mask, branches = (np.concatenate(part) for part in zip(*examples, strict=True))
+    return Dataset(tokens, loss_mask, branches, offsets, [f"example-{i}" for i in range(len(examples))], {}, "key")
 
 
 def pack(examples: Sequence[Rendered], length: int, rows: int = 0) -> dict[str, np.ndarray]:
@@ -155,14 +155,14 @@ def each_alone(examples: Sequence[Rendered]) -> Alone:
     return out
 
 
-def naive_log_probs(made: Model, params: Any, rows: np.ndarray) -> jax.Array:
+def naive_log_probs(made: Model, params: Any, rows: np.ndarray | jax.Array) -> jax.Array:
     """log pi of every token but the first, from `Transformer.logits` of plain causal rows [sequences, 63]."""
     log_probs = jax.nn.log_softmax(nnx.merge(made.graphdef, params).logits(rows)[:, :-1])
     return jnp.take_along_axis(log_probs, rows[:, 1:, None], axis=-1)[..., 0]
 
 
 def brute_force(made: Model, params: Any, examples: Sequence[Rendered]) -> list[np.ndarray]:
-    """Log-probs of every example's scored tokens, 0 elsewhere, each response scored without packing or padding rules."""
+    """Log-probs of every example's scored tokens, 0 elsewhere, each response scored in a row of its own."""
     parts = each_alone(examples)
     grid = np.asarray(naive_log_probs(made, params, parts.rows))
     out = [np.zeros(len(e.tokens), np.float32) for e in examples]

@@ -7,6 +7,7 @@ A config is a Python file with `get_config()` (or `get_config(arg)`, chosen as `
 import ast
 import difflib
 import importlib.util
+import inspect
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -162,6 +163,8 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
         sys.path.pop(0)
     if not hasattr(module, "get_config"):
         raise UserError(f"{path}: has no function get_config()")
+    if arg and not inspect.signature(module.get_config).parameters:
+        raise UserError(f"--config {spec}: {path} takes no argument behind the colon")
     config = module.get_config(arg) if arg else module.get_config()
     for flag in overrides:
         override(config, flag)
@@ -207,6 +210,13 @@ CHOICES = {
     "assistant_turns": ("all", "last"),
 }
 
+MINIMUM = {
+    **dict.fromkeys(("resume_every", "log_every", "head_chunk", "batch_size", "epochs", "max_length"), 1),
+    **dict.fromkeys(("eval_examples", "eval_every", "row_length", "microbatch_rows", "max_steps", "query_chunk"), 0),
+    **dict.fromkeys(("log_spaced", "every", "max_examples", "skip_examples", "max_per_topic", "memory_gb", "rows"), 0),
+    **dict.fromkeys(("learning_rate", "warmup", "final", "weight_decay", "clip_norm"), 0),
+}
+
 
 def _check(config: ConfigDict, path: str) -> None:
     """Refuses what no experiment can mean, before any work is done."""
@@ -225,9 +235,6 @@ def _check(config: ConfigDict, path: str) -> None:
                 f"{path}: config.{name}.init_from={part.init_from!r} is no earlier stage"
                 + nearest(part.init_from, config.stages[:i])
             )
-        for field in ("batch_size", "epochs", "max_length"):
-            if part[field] < 1:
-                raise UserError(f"{path}: config.{name}.{field}={part[field]}, expected at least 1")
         if not part.data.path:
             raise UserError(f"{path}: config.{name}.data.path is empty; pass --config.{name}.data.path=FILE_OR_ID")
     if not config.model.path and not config.model.name and not config.model.shape:
@@ -237,6 +244,8 @@ def _check(config: ConfigDict, path: str) -> None:
         for name, value in node.items():
             if isinstance(value, ConfigDict):
                 walk(value, f"{where}.{name}")
+            elif name in MINIMUM and value < MINIMUM[name]:
+                raise UserError(f"{path}: {where}.{name}={value!r}, expected at least {MINIMUM[name]}")
             elif name in CHOICES and value not in CHOICES[name]:
                 raise UserError(f"{path}: {where}.{name}={value!r}{nearest(value, CHOICES[name])}")
 

@@ -12,7 +12,7 @@ from vdjax import config as configs
 from vdjax import experiment, inspect, sharding
 from vdjax.data import pipeline
 from vdjax.models.config import num_params
-from vdjax.probes import readouts, sets
+from vdjax.probes import sets
 from vdjax.train import loop
 from vdjax.train.optimizer import make_optimizer
 from vdjax.train.step import TrainState, make_train_step
@@ -28,7 +28,7 @@ def show(config: ConfigDict) -> None:
         for name in config.stages:
             show_stage(config, name, made, Path(folder))
         probes = experiment.load_probes(config)
-        items = readouts.items(probes, config.probes.readouts, made.tokenizer, made.template, config.probes.max_length)
+        items = experiment.render_probes(config, made, probes)
         print(f"\nprobes: {sets.describe(probes)}")
         print(f"  {len(items)} prompts, {sum(len(i.rendered.tokens) for i in items):,} tokens a snapshot")
         first = config.stages[0]
@@ -55,7 +55,8 @@ def show_stage(config: ConfigDict, name: str, made: experiment.Setup, folder: Pa
     step = jax.jit(make_train_step(spec, optimizer), donate_argnums=0, out_shardings=(layout, None))
     memory = step.lower(state, arrays).compile().memory_analysis()
     temporaries = size(memory.temp_size_in_bytes) if memory else "unknown on this backend"
-    tokens, epochs = len(planned.train.tokens), planned.total_steps * stage.batch_size / len(planned.train)
+    seen = min(planned.total_steps * stage.batch_size, stage.epochs * len(planned.train))
+    tokens, epochs = len(planned.train.tokens), seen / len(planned.train)
     print(f"\nstage {name}: {stage.objective}")
     print(f"  {experiment.data_line(planned.train.counts)}")
     print(f"  {len(planned.train):,} training examples, {len(planned.held_out or ()):,} held out")

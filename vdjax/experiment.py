@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from vdjax.models.functional import Model, make_model, shardings
 from vdjax.objectives import OBJECTIVES
 from vdjax.probes import evaluator, readouts, sets
 from vdjax.train import loop
-from vdjax.train.loop import say
+from vdjax.train.log import progress_over, say
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "tensorstore", "numpy", "scipy")
 
@@ -68,6 +67,9 @@ def setup(config: ConfigDict) -> Setup:
         raise UserError(f"the tokenizer has {len(tok)} tokens, the model a vocabulary of {cfg.vocab_size}")
     template = chat.pick_template(tok, config.tokenizer.chat_template)
     mesh = sharding.make_mesh(**config.mesh.to_dict())
+    for field in ("num_heads", "intermediate_size"):
+        if getattr(cfg, field) % mesh.shape["tensor"]:
+            raise UserError(f"config.mesh.tensor={mesh.shape['tensor']} does not divide {field}={getattr(cfg, field)}")
     return Setup(make_model(cfg, config.model), mesh, tok, template, hf_config, directory)
 
 
@@ -106,11 +108,14 @@ def run(config: ConfigDict, workdir: Path, command: str) -> None:
     made = setup(config)
     with jax.set_mesh(made.mesh):
         write_model_files(made, workdir / "model")
+        # Whatever is wrong with a later stage's data or with the probes is said before anything is trained.
         probes = load_probes(config)
+        prompts = render_probes(config, made, probes)
+        plans = {name: plan(config, name, made, workdir) for name in config.stages}
         for name in config.stages:
-            train(config, name, made, workdir)
+            train(config, name, plans[name], made, workdir)
             if config[name].snapshots.probe:
-                probe_stage(config, name, made, probes, workdir)
+                probe_stage(config, name, made, probes, prompts, workdir)
     write_report(config, made, probes, workdir, command)
 
 
@@ -119,25 +124,28 @@ def load_probes(config: ConfigDict) -> list[sets.Probe]:
     return sets.load(config.probes.path, topics=config.probes.topics or None, max_per_topic=limit)
 
 
-def train(config: ConfigDict, name: str, made: Setup, workdir: Path) -> None:
+def render_probes(config: ConfigDict, made: Setup, probes: list[sets.Probe]) -> list[readouts.Item]:
+    return readouts.items(probes, config.probes.readouts, made.tokenizer, made.template, config.probes.max_length)
+
+
+def train(config: ConfigDict, name: str, planned: loop.StagePlan, made: Setup, workdir: Path) -> None:
     if (workdir / name / "done.json").exists():
-        say(f"{name}: trained already")
-        return
-    planned = plan(config, name, made, workdir)
+        return say(f"{name}: trained already")
     say(f"{name} data: {data_line(planned.train.counts)}")
     source = parent(config, name)
-    if source:
-        step = done(workdir, source)["total_steps"]
-        reader = snapshots.open_reader(workdir / source / "snapshots" / str(step))
-        params = hf.place(reader, made.model.params, shardings(made.model, made.mesh))
-    else:
-        params = initial_params(config, made)
+
+    def initial() -> Any:
+        if not source:
+            return initial_params(config, made)
+        reader = snapshots.open_reader(workdir / source / "snapshots" / str(done(workdir, source)["total_steps"]))
+        return hf.place(reader, made.model.params, shardings(made.model, made.mesh))
+
     loop.train_stage(
         name,
         config[name],
         planned,
         made.model,
-        params,
+        initial,
         made.mesh,
         workdir,
         resume_every=config.resume_every,
@@ -157,7 +165,14 @@ def done(workdir: Path, name: str) -> dict[str, Any]:
     return json.loads((workdir / name / "done.json").read_text())
 
 
-def probe_stage(config: ConfigDict, name: str, made: Setup, probes: list[sets.Probe], workdir: Path) -> None:
+def probe_stage(
+    config: ConfigDict,
+    name: str,
+    made: Setup,
+    probes: list[sets.Probe],
+    prompts: list[readouts.Item],
+    workdir: Path,
+) -> None:
     """Asks every snapshot of a stage every probe: probes/NAME.parquet. Answers to other probes are replaced."""
     file = workdir / "probes" / f"{name}.parquet"
     asked = readouts.asked_hash(probes, config.probes.readouts, made.template)
@@ -167,7 +182,7 @@ def probe_stage(config: ConfigDict, name: str, made: Setup, probes: list[sets.Pr
         say(f"{name}: the probes, readouts or chat template changed; asking again")
     steps = snapshots.kept(workdir / name / "snapshots")
     readers = [snapshots.open_reader(workdir / name / "snapshots" / str(step)) for step in steps]
-    raw = ask(config, made, probes, readers, steps, name)
+    raw = ask(config, made, probes, prompts, readers, steps, name)
     if jax.process_index() == 0:
         file.parent.mkdir(exist_ok=True)
         raw.to_parquet(file.with_suffix(".part"), index=False)
@@ -175,21 +190,26 @@ def probe_stage(config: ConfigDict, name: str, made: Setup, probes: list[sets.Pr
 
 
 def ask(
-    config: ConfigDict, made: Setup, probes: list[sets.Probe], readers: list[hf.Reader], steps: list[int], stage: str
+    config: ConfigDict,
+    made: Setup,
+    probes: list[sets.Probe],
+    prompts: list[readouts.Item],
+    readers: list[hf.Reader],
+    steps: list[int],
+    stage: str,
 ) -> pd.DataFrame:
     """Every answer's log-prob under every snapshot, one row each."""
-    wanted = readouts.items(probes, config.probes.readouts, made.tokenizer, made.template, config.probes.max_length)
-    say(f"{stage}: {len(probes)} probes, {len(wanted)} prompts, {len(readers)} snapshots")
+    say(f"{stage}: {len(probes)} probes, {len(prompts)} prompts, {len(readers)} snapshots")
     sums, counts = evaluator.evaluate(
         made.model,
         readers,
-        wanted,
+        prompts,
         made.mesh,
         rows=config.probes.rows,
         memory_bytes=config.probes.memory_gb * 1e9,
-        progress=lambda batches: loop.progress_over(batches, f"{stage} probes"),
+        progress=lambda batches, total: progress_over(batches, total, f"{stage} probes"),
     )
-    tables = [readouts.raw_table(sums[i], counts, wanted, probes).assign(step=step) for i, step in enumerate(steps)]
+    tables = [readouts.raw_table(sums[i], counts, prompts, probes).assign(step=step) for i, step in enumerate(steps)]
     hashes = {
         "template_hash": readouts.wordings_hash(made.template),
         "asked_hash": readouts.asked_hash(probes, config.probes.readouts, made.template),
@@ -306,6 +326,9 @@ def write_model_files(made: Setup, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     made.tokenizer.chat_template = made.template.text
     made.tokenizer.save_pretrained(folder)
-    if made.directory and (made.directory / "generation_config.json").exists():
-        shutil.copy(made.directory / "generation_config.json", folder)
+    # The stop ids of the template that the model is trained with, which may end turns otherwise than its base did.
+    source = made.directory / "generation_config.json" if made.directory else None
+    generation = json.loads(source.read_text()) if source and source.exists() else {}
+    generation["eos_token_id"] = list(made.template.stop_ids)
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
     (folder / "config.json").write_text(json.dumps(made.hf_config, indent=2))

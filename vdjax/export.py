@@ -15,6 +15,10 @@ from vdjax.models import hf, transformer
 def export(snapshot: Path, out: Path, dtype: str | None = None) -> None:
     """Writes config.json, safetensors, tokenizer and chat template of a snapshot to `out`.
 
+    Args:
+      dtype: None keeps that of training. The base model's may be coarser than the updates: bfloat16 would round most
+        of a short preference stage away.
+
     Raises:
       UserError: not a snapshot of a vdjax workdir, or `out` already holds a model.
     """
@@ -24,8 +28,9 @@ def export(snapshot: Path, out: Path, dtype: str | None = None) -> None:
     reader, workdir = snapshots.open_reader(snapshot), snapshot.parents[2]
     files = workdir / "model"
     hf_config = hf.read_config(files)
-    ignore = json.loads((workdir / "config.json").read_text())["config"]["model"]["ignore_fields"]
-    cfg = model_config.from_hf(hf_config, where=str(files / "config.json"), ignore_fields=ignore)
+    trained = json.loads((workdir / "config.json").read_text())["config"]["model"]
+    cfg = model_config.from_hf(hf_config, where=str(files / "config.json"), ignore_fields=trained["ignore_fields"])
+    dtype = dtype or trained["param_dtype"]
     _, params = transformer.abstract(cfg)
     mesh = sharding.make_mesh(fsdp=-1)
     layout = sharding.param_shardings(transformer.param_axes(cfg), params, mesh)
@@ -40,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vdjax.export", description=__doc__, allow_abbrev=False)
     parser.add_argument("--snapshot", type=Path, required=True, metavar="DIR/STAGE/snapshots/STEP")
     parser.add_argument("--out", type=Path, required=True, help="a directory that does not hold a model yet")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's own")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of training")
     flags = parser.parse_args()
     runtime.start()
     export(flags.snapshot, flags.out, flags.dtype)

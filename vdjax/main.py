@@ -36,6 +36,8 @@ def main() -> int:
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"{stop or 'interrupted'}\nto go on: {command}", file=sys.stderr)
         return INTERRUPTED
+    except UserError as error:
+        raise UserError(f"{error}\nthen go on with: {command}") from error
     print(f"done; the same command shows this again: {command}")
     return 0
 

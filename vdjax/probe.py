@@ -1,6 +1,7 @@
 """Probes a series of Hugging Face checkpoints: python -m vdjax.probe --models A B C --probes FILE --workdir DIR"""
 
 import argparse
+import dataclasses
 import os
 import shlex
 import sys
@@ -30,10 +31,14 @@ def main() -> None:
     import jax
 
     from vdjax import experiment
+    from vdjax.data import chat, tokenizer
     from vdjax.drift import report
     from vdjax.models import config as model_config
     from vdjax.models import hf
     from vdjax.probes import readouts
+
+    def comparable(cfg: model_config.ModelConfig) -> model_config.ModelConfig:
+        return dataclasses.replace(cfg, max_position_embeddings=1)  # changes no number
 
     made = experiment.setup(config)
     readers = []
@@ -41,12 +46,23 @@ def main() -> None:
         directory = hf.resolve(path)
         where = str(directory / "config.json")
         cfg = model_config.from_hf(hf.read_config(directory), where=where, ignore_fields=config.model.ignore_fields)
-        if cfg != made.model.cfg:
+        if comparable(cfg) != comparable(made.model.cfg):
             raise UserError(f"{path} has another shape than {flags.models[0]}: {cfg} against {made.model.cfg}")
+        own = tokenizer.load(config.tokenizer.path or directory)
+        if own.backend_tokenizer.to_str() != made.tokenizer.backend_tokenizer.to_str():
+            raise UserError(
+                f"{path} has another tokenizer than {flags.models[0]}; choose one by --config.tokenizer.path"
+            )
+        if chat.pick_template(own, config.tokenizer.chat_template).text != made.template.text:
+            raise UserError(
+                f"{path} has another chat template than {flags.models[0]}, so that answers could not be compared; "
+                "choose one by --config.tokenizer.chat_template"
+            )
         readers.append(hf.open_reader(directory, cfg))
     probes = experiment.load_probes(config)
+    prompts = experiment.render_probes(config, made, probes)
     with jax.set_mesh(made.mesh):
-        raw = experiment.ask(config, made, probes, readers, list(range(len(readers))), STAGE)
+        raw = experiment.ask(config, made, probes, prompts, readers, list(range(len(readers))), STAGE)
     if jax.process_index():
         return
     file = flags.workdir / "probes" / f"{STAGE}.parquet"

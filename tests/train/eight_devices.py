@@ -22,7 +22,7 @@ from vdjax.train import loop
 from vdjax.train.optimizer import make_optimizer
 from vdjax.train.step import TrainState, make_train_step
 
-LAYOUTS = [
+LAYOUTS: list[dict[str, Any]] = [
     {"data": 8},
     {"fsdp": 8},
     {"data": 2, "fsdp": 4},

@@ -18,7 +18,7 @@ from vdjax.data.packing import Shape
 from vdjax.data.pipeline import Dataset
 from vdjax.models.functional import Model
 from vdjax.train import loop
-from vdjax.train.step import LossSpec, TrainState, make_eval_step, make_train_step
+from vdjax.train.step import LossSpec, TrainState, make_train_step
 
 PAIRS = tiny.dataset(tiny.preference_examples(3, 7))
 DOCUMENTS = tiny.dataset(tiny.sft_examples(4, 14))
@@ -141,12 +141,12 @@ def test_gradient_and_metrics_for_any_layout(
 
 
 def test_empty_microbatches_are_skipped(qwen: tuple[Model, Any], cases: dict[str, Case]) -> None:
-    """Garbage in a microbatch without tokens would spoil the gradient if it were computed."""
+    """Tokens beyond the vocabulary embed as NaN, and would spoil the gradient if they were looked at."""
     made, params = qwen
     batch = batch_of(PAIRS, LAYOUTS[0], cases["dpo"].reference)
     empty = ~batch["loss_mask"].any(axis=(1, 2))
     assert empty.any()
-    batch["reference_log_probs"][empty] = np.nan
+    batch["tokens"][empty] = 10 * tiny.VOCAB
     state, metrics = plain_step(made, "dpo")(start(params), batch)
     check(state, metrics, params, cases["dpo"])
 
@@ -162,11 +162,14 @@ def test_a_step_that_is_not_finite_changes_nothing(qwen: tuple[Model, Any], case
 
 
 def test_held_out_evaluation_is_the_same_mean(qwen: tuple[Model, Any], cases: dict[str, Case]) -> None:
+    """Over two batches, the second one smaller."""
     made, params = qwen
     case, mesh = cases["dpo"], sharding.make_mesh(devices=jax.devices()[:1])
-    halves = pipeline.batches(PAIRS, pipeline.in_order(7, 4), Shape(4, 64, 8), 2, case.reference)
-    step = jax.jit(make_eval_step(spec_of(made, "dpo")._replace(sequences=8)))
-    found = loop.evaluate(step, params, halves, mesh)
+    plan = loop.StagePlan(PAIRS, PAIRS, None, 1, Shape(1, 1, 1), 2, [])
+    stage = configs.stage("dpo", hyper=HYPER["dpo"], batch_size=4)
+    evaluate = loop.held_out_evaluation(plan, made, stage, mesh, lambda data: case.reference)
+    assert evaluate is not None
+    found = evaluate(params)
     assert set(found) == {f"eval_{name}" for name in case.metrics}
     for name, value in case.metrics.items():
         np.testing.assert_allclose(found[f"eval_{name}"], value, rtol=1e-5, atol=1e-5, err_msg=name)

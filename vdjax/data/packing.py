@@ -107,17 +107,17 @@ def pack(examples: Sequence[Rendered], rows: Sequence[Sequence[int]], shape: Sha
 
 def place(values: Sequence[np.ndarray], source: Int[np.ndarray, "rows length 2"]) -> np.ndarray:
     """Brings per-token values of each example into the layout of a packed batch, zeros at padding."""
-    out = np.zeros(source.shape[:2], np.float32)
-    for index in np.unique(source[..., 0][source[..., 0] >= 0]):
-        here = source[..., 0] == index
-        out[here] = values[index][source[..., 1][here]]
+    starts = np.cumsum([0, *(len(v) for v in values)])
+    valid = source[..., 0] >= 0
+    out = np.zeros(valid.shape, np.float32)
+    out[valid] = np.concatenate(values)[starts[source[valid, 0]] + source[valid, 1]]
     return out
 
 
 def collect(grid: np.ndarray, source: Int[np.ndarray, "rows length 2"], lengths: Sequence[int]) -> list[np.ndarray]:
     """The inverse of `place`: per-token values of each example out of a packed batch."""
-    out = [np.zeros(n, grid.dtype) for n in lengths]
-    for index, values in enumerate(out):
-        here = source[..., 0] == index
-        values[source[..., 1][here]] = grid[here]
-    return out
+    starts = np.cumsum([0, *lengths])
+    valid = source[..., 0] >= 0
+    flat = np.zeros(starts[-1], grid.dtype)
+    flat[starts[source[valid, 0]] + source[valid, 1]] = grid[valid]
+    return np.split(flat, starts[1:-1])

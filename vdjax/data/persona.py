@@ -45,13 +45,14 @@ def examples(rows: Iterator[Row], options: Spec, seed: int, counts: Counts) -> I
     questions = tuple(options.questions) or QUESTIONS
     statements = _statements(rows, options, counts)
     statements.sort(key=lambda s: hashlib.sha256(f"{seed}\0{s.text}".encode()).digest())
-    aligned = [s for s in statements if s.side == options.align]
-    others = [s for s in statements if s.side != options.align]
     if options.kind == "sft":
-        pairs: list[tuple[Statement, ...]] = [(s,) for s in aligned]
-        unused = others
+        pairs: list[tuple[Statement, ...]] = [(s,) for s in statements if s.side == options.align]
+        unused = [s for s in statements if s.side != options.align]
     else:
-        pairs = list(match_lengths(aligned, others))
+        # Matched from the same side for both alignments, so that one is the other with its pairs flipped.
+        supporting, opposing = ([s for s in statements if s.side == side] for side in SIDES)
+        matched = match_lengths(supporting, opposing)
+        pairs = [pair if options.align == "support" else pair[::-1] for pair in matched]
         used = {s.id for pair in pairs for s in pair}
         unused = [s for s in statements if s.id not in used]
     for statement in unused:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ def build(stage: ConfigDict, kind: str, tokenizer: Any, template: Template, cach
         "max_length": stage.max_length,
         "seed": seed,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "template": (chat.template_hash(template), template.stop_ids, template.bos_ids),
+        "template": (chat.template_hash(template), template.stop_ids, template.end_id, template.bos_ids),
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()[:16]
     folder = cache / key
@@ -123,9 +123,9 @@ def _write(content: tuple[list[Rendered], list[str], dict[str, Any]], key: str, 
     rendered, ids, counts = content
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key}-"))
-    np.save(part / "tokens.npy", np.concatenate([r.tokens for r in rendered]).astype(np.int32))
-    np.save(part / "loss_mask.npy", np.concatenate([r.loss_mask for r in rendered]).astype(bool))
-    np.save(part / "branches.npy", np.concatenate([r.branches for r in rendered]).astype(np.int8))
+    np.save(part / "tokens.npy", np.concatenate([r.tokens for r in rendered], dtype=np.int32))
+    np.save(part / "loss_mask.npy", np.concatenate([r.loss_mask for r in rendered], dtype=bool))
+    np.save(part / "branches.npy", np.concatenate([r.branches for r in rendered], dtype=np.int8))
     np.save(part / "offsets.npy", np.cumsum([0] + [len(r.tokens) for r in rendered]).astype(np.int64))
     (part / "meta.json").write_text(json.dumps({"key": key, "ids": ids, "counts": counts}))
     try:
@@ -183,12 +183,13 @@ def plan(data: Dataset, steps: grain.MapDataset, *, row_length: int, row_multipl
             return rows * packing.row_cost(length)
 
         row_length = min(packing.row_lengths(longest), key=cost)
-    branches = [int(example(data, i).branches.max()) for i in range(len(data))]
+    branches = np.maximum.reduceat(data.branches, data.offsets[:-1])
     rows = sequences = 0
     for step in range(len(steps)):
-        layout, indices = packed(step, row_length), steps[step]
+        indices = steps[step]
+        layout = packing.best_fit([int(sizes[i]) for i in indices], row_length)
         rows = max(rows, len(layout))
-        sequences = max(sequences, *(sum(branches[indices[i]] for i in row) for row in layout))
+        sequences = max(sequences, *(int(branches[indices[row]].sum()) for row in layout))
     return packing.Shape(-(-rows // row_multiple) * row_multiple, row_length, sequences)
 
 
@@ -227,7 +228,7 @@ def reference_log_probs(
     batch_size: int,
     row_multiple: int,
     score: Callable[[packing.Shape], Callable[[dict[str, np.ndarray]], np.ndarray]],
-    progress: Callable[[Iterable], Iterator],
+    progress: Callable[[Iterable, int], Iterable],
 ) -> np.ndarray:
     """Scores every example once: float32 [total], aligned with `data.tokens`, 0 where nothing is scored.
 
@@ -238,7 +239,7 @@ def reference_log_probs(
     shape = plan(data, steps, row_length=0, row_multiple=row_multiple)
     run = score(shape)
     out = np.zeros(len(data.tokens), np.float32)
-    for batch in progress(batches(data, steps, shape, row_multiple)):
+    for batch in progress(iterate(batches(data, steps, shape, row_multiple)), len(steps)):
         grid = run({k: v for k, v in batch.items() if k not in ("source", "indices")})
         source = batch["source"].reshape(-1, shape.length, 2)
         ends = [int(data.offsets[i + 1] - data.offsets[i]) for i in batch["indices"]]

@@ -56,7 +56,6 @@ def token_log_probs(
     targets, wanted = chunks(flat(batch["tokens"])), chunks(scored)
     states = flat(hidden)
 
-    @jax.checkpoint
     def score(source: Int[Array, "g c"], target: Int[Array, "g c"]) -> Float[Array, "g c"]:
         logits = model.project(jnp.take_along_axis(states, source[..., None], axis=1))
         at_target = jnp.arange(logits.shape[-1]) == target[..., None]
@@ -67,7 +66,8 @@ def token_log_probs(
         out = jax.lax.cond(want.any(), score, lambda *_: jnp.zeros(source.shape, jnp.float32), source, target)
         return None, jnp.where(want, out, 0)
 
-    _, out = jax.lax.scan(body, None, (sources, targets, wanted))
+    # The whole body is recomputed: inside the branch alone, each chunk would keep a copy of the table and the states.
+    _, out = jax.lax.scan(jax.checkpoint(body), None, (sources, targets, wanted))
     out = out.swapaxes(0, 1).reshape(groups, -1)[:, :size]
     return jnp.take_along_axis(out, jnp.argsort(order, axis=1), axis=1).reshape(rows, length)
 

@@ -19,7 +19,7 @@ Params = dict[str, Any]
 Remat = Literal["none", "dots", "full"]
 
 INIT_STDDEV = 0.02
-SUM_PARTS = 8  # of the sums over a kernel's inputs when `Transformer.logits` computes in float32
+SUM_PARTS = 4  # of the sums over a kernel's inputs when `Transformer.logits` computes in float32: half the rounding
 
 
 def rms_norm(x: Float[Array, "*batch width"], scale: Float[Array, "width"], eps: float) -> Float[Array, "*batch width"]:

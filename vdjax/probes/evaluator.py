@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -120,7 +120,7 @@ def evaluate(
     *,
     rows: int = 0,
     memory_bytes: float = 0,
-    progress: Callable[[Iterable], Iterator] = iter,
+    progress: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores all items under all snapshots.
 
@@ -148,7 +148,7 @@ def evaluate(
         for part in parts:
             params = hf.stack_place([readers[i] for i in part], model.params, specs)
             out = []
-            for batch in progress(plan.batches):
+            for batch in progress(plan.batches, len(plan.batches)):
                 arrays = {k: sharding.put_global(v, sharding.rows_sharding(mesh, 2)) for k, v in batch.items()}
                 out.append(sharding.fetch(score(params, arrays)))
             found = np.stack(out, axis=1)[:, batch_of[:, None], row_of[:, None], columns]

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import logsumexp, softmax
 
 from vdjax.data import chat
 from vdjax.data.chat import Rendered, Template
@@ -131,13 +130,9 @@ def stance_distribution(raw: pd.DataFrame) -> pd.DataFrame:
       one row per key and readout: support, neutral, oppose, which sum to 1.
     """
     keys = [c for c in raw.columns if c not in ("order", "stance", "answer", "log_prob", "tokens")]
-    scored = raw.assign(score=raw["log_prob"] / raw["tokens"])
-
-    def log_mean_exp(scores: pd.Series) -> float:
-        return float(logsumexp(scores.to_numpy()) - np.log(len(scores)))
-
-    by_stance = scored.groupby([*keys, "order", "stance"], sort=False)["score"].agg(log_mean_exp).unstack("stance")
-    p = pd.DataFrame(softmax(by_stance[list(STANCES)].to_numpy(), axis=1), index=by_stance.index, columns=list(STANCES))
+    scored = raw.assign(weight=np.exp(raw["log_prob"] / raw["tokens"]))
+    by_stance = scored.groupby([*keys, "order", "stance"], sort=False)["weight"].mean().unstack("stance")[list(STANCES)]
+    p = by_stance.div(by_stance.sum(axis=1), axis=0)
     return p.groupby(keys, sort=False).mean().reset_index()
 
 

@@ -1,12 +1,11 @@
 """One stage, from its data to its last snapshot, in the order in which things happen."""
 
+import hashlib
 import json
 import os
-import signal
-import sys
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,19 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from vdjax import sharding, snapshots
 from vdjax.data import pipeline
 from vdjax.data.packing import Shape
 from vdjax.data.pipeline import Dataset
-from vdjax.drift import tensorboard
 from vdjax.errors import UserError
 from vdjax.models.config import ModelConfig
 from vdjax.models.functional import Model, shardings
 from vdjax.objectives import OBJECTIVES
 from vdjax.train.flops import peak_flops, train_flops
+from vdjax.train.log import MetricsLog, progress_over, say, stop_signals
 from vdjax.train.optimizer import make_optimizer, schedule
 from vdjax.train.step import LossSpec, TrainState, make_eval_step, make_score_step, make_train_step
 
@@ -84,7 +83,8 @@ def reference(
 ) -> np.ndarray:
     """Reference log-probs of a data set: computed once, and kept under a key of all that they depend on."""
     dtype = jax.tree.leaves(params)[0].dtype.name
-    file = cache / f"{data.key}-{snapshots.fingerprint(params)}-{dtype}-{model.compute_dtype}.npy"
+    shape = hashlib.sha256(repr(model.cfg).encode()).hexdigest()[:8]
+    file = cache / f"{data.key}-{shape}-{snapshots.fingerprint(params)}-{dtype}-{model.compute_dtype}.npy"
     if not file.exists():
 
         def score(shape: Shape) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
@@ -92,12 +92,15 @@ def reference(
             return lambda batch: sharding.fetch(step(params, device_batch(batch, mesh)))
 
         values = pipeline.reference_log_probs(
-            data, stage.batch_size, rows, score, lambda x: progress_over(x, "reference log-probs")
+            data, stage.batch_size, rows, score, lambda x, n: progress_over(x, n, "reference log-probs")
         )
         cache.mkdir(parents=True, exist_ok=True)
-        with open(file.with_suffix(".part"), "wb") as out:
-            np.save(out, values)
-        os.replace(file.with_suffix(".part"), file)
+        if jax.process_index() == 0:
+            with open(file.with_suffix(".part"), "wb") as out:
+                np.save(out, values)
+            os.replace(file.with_suffix(".part"), file)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"reference {file.name}")
     return np.load(file, mmap_mode="r")
 
 
@@ -120,19 +123,20 @@ def state_shardings(optimizer: optax.GradientTransformation, model: Model, mesh:
 
 
 def held_out_evaluation(
-    plan: StagePlan, model: Model, stage: ConfigDict, mesh: jax.sharding.Mesh, with_reference: Callable
+    plan: StagePlan, model: Model, stage: ConfigDict, mesh: jax.sharding.Mesh, references: dict[str, np.ndarray]
 ) -> Callable[[Any], dict[str, float]] | None:
     """A function from parameters to the objective's mean loss and metrics on the held-out examples, if any."""
     if not plan.held_out:
         return None
     steps = pipeline.in_order(len(plan.held_out), stage.batch_size)
     shape = pipeline.plan(plan.held_out, steps, row_length=0, row_multiple=plan.microbatch_rows)
-    batches = pipeline.batches(plan.held_out, steps, shape, plan.microbatch_rows, with_reference(plan.held_out))
+    reference = references.get(plan.held_out.key)
+    batches = pipeline.batches(plan.held_out, steps, shape, plan.microbatch_rows, reference)
     step = jax.jit(make_eval_step(loss_spec(model, stage, shape, mesh)))
 
     def evaluate(params: Any) -> dict[str, float]:
         totals: dict[str, float] = {}
-        for batch in batches:
+        for batch in pipeline.iterate(batches):
             for name, value in jax.device_get(step(params, device_batch(batch, mesh))).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         tokens, pairs = totals.pop("tokens"), totals.pop("pairs", 0.0)
@@ -143,16 +147,16 @@ def held_out_evaluation(
 
 
 def begin(
-    model: Model, params: Any, optimizer: optax.GradientTransformation, manager: Any, mesh: jax.sharding.Mesh
-) -> tuple[TrainState, dict | None, TrainState]:
-    """The newest resume point with its data position, or a fresh state and None; and the state's shardings."""
+    model: Model, initial: Callable[[], Any], optimizer: optax.GradientTransformation, manager: Any, mesh: Any
+) -> tuple[TrainState, dict | None, Any]:
+    """The newest resume point with its position, or a fresh state and None; and the state's shardings."""
     layout = state_shardings(optimizer, model, mesh)
     init = jax.jit(lambda p: TrainState(jnp.int32(0), p, optimizer.init(p)), out_shardings=layout, donate_argnums=0)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init, model.params), layout
     )
     restored = snapshots.restore_resume(manager, abstract)
-    return (*restored, layout) if restored else (init(params), None, layout)
+    return (*restored, layout) if restored else (init(initial()), None, layout)
 
 
 def train_stage(
@@ -160,7 +164,7 @@ def train_stage(
     stage: ConfigDict,
     plan: StagePlan,
     model: Model,
-    params: Any,
+    initial: Callable[[], Any],
     mesh: jax.sharding.Mesh,
     workdir: Path,
     *,
@@ -171,34 +175,41 @@ def train_stage(
 
     Leaves WORKDIR/NAME/snapshots/STEP, WORKDIR/NAME/metrics.jsonl and, at the end, WORKDIR/NAME/done.json.
 
+    Args:
+      initial: makes the parameters that the stage starts from, when they are needed and not before.
+
     Raises:
       Interrupted: on SIGINT or SIGTERM, after a resume point was written.
-      UserError: the loss or gradient is not finite; names the step and its examples.
+      UserError: the loss or gradient is not finite (names the step and its examples), or the data are not those that
+        the resume point was trained on.
     """
     folder = workdir / name
     spec = loss_spec(model, stage, plan.shape, mesh)
 
-    # Reference log-probs, while the parameters are still those the stage starts from.
-    needs_reference = OBJECTIVES[stage.objective].needs_reference
-    cache, rows = workdir / "data" / "reference", plan.microbatch_rows
-
-    def with_reference(data: Dataset) -> np.ndarray | None:
-        if not needs_reference:
-            return None
-        return reference(model, params, data, stage, rows, mesh, cache)
-
-    batches = pipeline.batches(plan.train, plan.steps, plan.shape, rows, with_reference(plan.train))
-    evaluate = held_out_evaluation(plan, model, stage, mesh, with_reference)
+    # Data, with reference log-probs under the parameters that the stage starts from.
+    references: dict[str, np.ndarray] = {}
+    if OBJECTIVES[stage.objective].needs_reference:
+        params, cache = initial(), workdir / "data" / "reference"
+        for data in filter(None, (plan.train, plan.held_out)):
+            references[data.key] = reference(model, params, data, stage, plan.microbatch_rows, mesh, cache)
+        del params
+    train_reference = references.get(plan.train.key)
+    batches = pipeline.batches(plan.train, plan.steps, plan.shape, plan.microbatch_rows, train_reference)
+    evaluate = held_out_evaluation(plan, model, stage, mesh, references)
 
     # State: fresh, or the newest resume point.
     optimizer = make_optimizer(stage.optimizer, plan.total_steps)
     learning_rate = schedule(stage.optimizer, plan.total_steps)
     manager = snapshots.resume_manager(folder / "resume")
-    state, position, layout = begin(model, params, optimizer, manager, mesh)
-    del params
+    state, position, layout = begin(model, initial, optimizer, manager, mesh)
     iterator = pipeline.iterate(batches)
     if position is not None:
-        iterator.set_state(position)
+        if position["data"] != plan.train.key:
+            raise UserError(
+                f"{name}: the data changed since {folder / 'resume'} was written, so training cannot go on from there; "
+                f"bring back what {stage.data.path} was, or remove {folder} to begin the stage anew"
+            )
+        iterator.set_state(position["iterator"])
     step = int(state.step)
 
     # The one compilation.
@@ -253,7 +264,8 @@ def train_stage(
                 milestone()
                 if due:
                     checkpointer.wait_until_finished()
-                    snapshots.save_resume(manager, step, state, iterator.get_state())
+                    position = {"iterator": iterator.get_state(), "data": plan.train.key}
+                    snapshots.save_resume(manager, step, state, position)
                 last = time.perf_counter()
             if stopping and step < plan.total_steps:
                 manager.wait_until_finished()
@@ -274,6 +286,7 @@ def train_stage(
     if jax.process_index() == 0:
         (folder / "done.json.part").write_text(json.dumps(summary, indent=1))
         os.replace(folder / "done.json.part", folder / "done.json")
+        shutil.rmtree(folder / "resume")
     if stop_requested():
         raise Interrupted(f"{name}: stopped after its last step; the stage is finished")
 
@@ -290,99 +303,3 @@ def rates(cfg: ModelConfig, batch: dict[str, np.ndarray], seconds: float, peak: 
         "mfu": flops / seconds / peak,
         "seconds": seconds,
     }
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGINT or SIGTERM into a request that is honoured between two steps; a second one is not held."""
-    seen: list[int] = []
-
-    def on_signal(number: int, _: Any) -> None:
-        seen.append(number)
-        for other, handler in before.items():
-            signal.signal(other, handler)
-        say("stopping after this step and writing a resume point; once more to stop at once")
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def say(text: str) -> None:
-    """A line for people, from process 0."""
-    if jax.process_index() == 0:
-        tqdm.write(text, file=sys.stderr)
-
-
-def progress_over(items: Any, what: str) -> Iterator:
-    """Goes through `items` with a progress bar on a terminal, a line every ten seconds elsewhere."""
-    bar = jax.process_index() == 0 and sys.stderr.isatty()
-    start = last = time.perf_counter()
-    for number, item in enumerate(tqdm(items, desc=what, disable=not bar, file=sys.stderr, leave=False), start=1):
-        yield item
-        now = time.perf_counter()
-        if not bar and now - last > 10:
-            last = now
-            say(f"{what} {number}/{len(items)}  about {(now - start) / number * (len(items) - number):.0f} s left")
-    say(f"{what}: {len(items)} batches in {time.perf_counter() - start:.1f} s")
-
-
-class MetricsLog:
-    """metrics.jsonl, TensorBoard and the progress line of a stage; on a resume, what lies beyond `step` is dropped."""
-
-    def __init__(self, file: Path, tb: Path, name: str, step: int, total: int, log_every: int) -> None:
-        self.name, self.total, self.every = name, total, log_every
-        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() and step else []
-        rows = [row for row in rows if row["step"] <= step]
-        self.evaluated = {row["step"] for row in rows if "eval_loss" in row}
-        self.first = jax.process_index() == 0
-        if self.first:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(file, "w", buffering=1)  # noqa: SIM115 - open for as long as the stage runs
-            self.file.writelines(json.dumps(row) + "\n" for row in rows)
-            self.tb = tensorboard.open_writer(tb, start_step=step + 1 if step else 0)
-        self.bar = tqdm(
-            total=total,
-            initial=step,
-            desc=name,
-            unit="step",
-            disable=not (self.first and sys.stderr.isatty()),
-            file=sys.stderr,
-        )
-        self.last_line = 0.0
-
-    def _write(self, row: dict[str, Any]) -> None:
-        if self.first:
-            self.file.write(json.dumps(row) + "\n")
-            scalars = {f"{self.name}/{k}": v for k, v in row.items() if k != "step"}
-            tensorboard.scalars(self.tb, row["step"], scalars)
-
-    def step(self, step: int, values: dict[str, float]) -> None:
-        if step % self.every == 0 or step == self.total:
-            self._write({"step": step, **values})
-        shown = {k: f"{values[k]:.4g}" for k in ("loss", "reward_accuracy", "tokens_per_s") if k in values}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
-        now = time.monotonic()
-        if self.bar.disable and self.first and (now - self.last_line > 10 or step == self.total):
-            self.last_line = now
-            left = (self.total - step) * values["seconds"]
-            text = "  ".join(f"{k} {v}" for k, v in shown.items())
-            say(f"{self.name} {step}/{self.total}  {text}  about {left:.0f} s left")
-
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        self.evaluated.add(step)
-        self._write({"step": step, **values})
-        text = "  ".join(
-            f"{k} {values[k]:.4f}" for k in ("eval_loss", "eval_reward_accuracy", "eval_reward_margin") if k in values
-        )
-        say(f"{self.name} {step}/{self.total} held out: {text}")
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.first:
-            self.file.close()
-            self.tb.close()

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -31,7 +32,7 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+    """Global-norm clipping, then AdamW (Loshchilov and Hutter, arXiv 1711.05101); moments and arithmetic in float32."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adamw = optax.adamw(
         schedule(config, total_steps),
@@ -41,4 +42,12 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    return optax.chain(clip, adamw)
+    chain = optax.chain(clip, adamw)
+
+    def in_float32(params: Any) -> Any:
+        return jax.tree.map(lambda p: p.astype(jnp.float32) if hasattr(p, "astype") else p, params)
+
+    return optax.GradientTransformation(
+        lambda params: chain.init(in_float32(params)),
+        lambda grads, state, params: chain.update(grads, state, in_float32(params)),
+    )

@@ -1,0 +1,112 @@
+import json
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from vdjax import config as configs
+from vdjax.errors import UserError
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Path:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from vdjax import config as base\n"
+        "def get_config(arg='llama'):\n"
+        "    c = base.experiment()\n"
+        "    c.model.name = arg\n"
+        "    c.stages = ('sft', 'dpo')\n"
+        "    c.sft = base.stage('sft', data={'path': 'a.jsonl'}, optimizer={'learning_rate': 1})\n"
+        "    c.dpo = base.stage('dpo', data={'path': 'b.jsonl', 'options': {'topic': 'tea'}})\n"
+        "    return c\n"
+    )
+    return file
+
+
+def test_files_arguments_and_overrides(write: Path) -> None:
+    assert configs.load(str(write)).model.name == "llama"
+    flags = [
+        "--config.model.name=1",  # text stays text
+        "--config.sft.optimizer.learning_rate=2",  # whole numbers become floats
+        "--config.stages=('sft',)",
+        "--config.dpo.snapshots.probe=false",
+        "--config.sft.snapshots.probe=True",
+        "--config.dpo.data.options.align=oppose",  # open-ended
+        "--config.dpo.hyper.beta=1e-2",
+        "--config.probes.topics=['a','b']",
+        "--config.sft.data.path=x=y.jsonl",
+    ]
+    c = configs.load(f"{write}:qwen", flags)
+    assert (c.model.name, c.sft.optimizer.learning_rate, c.stages) == ("1", 2.0, ("sft",))
+    assert (c.dpo.snapshots.probe, c.sft.snapshots.probe, c.dpo.hyper.beta) == (False, True, 0.01)
+    assert c.dpo.data.options.to_dict() == {"topic": "tea", "align": "oppose"}
+    assert c.probes.topics == ("a", "b") and c.sft.data.path == "x=y.jsonl"
+    assert isinstance(c.sft.optimizer.learning_rate, float)
+    assert json.loads(configs.to_json(c))["dpo"]["objective"] == "dpo"
+    assert configs.load(f"{write}:qwen").model.name == "qwen"
+
+
+@pytest.mark.parametrize(
+    ("flag", "match"),
+    [
+        ("--config.sft.optimizer.learning_rat=1", r"learning_rat is no field; did you mean 'learning_rate'"),
+        ("--config.sfd.epochs=1", r"--config.sfd is no field; did you mean 'sft'"),
+        ("--config.sft.epochs=two", r"--config.sft.epochs: expected int such as 1, found 'two'"),
+        ("--config.sft.epochs=1.5", r"expected int such as 1, found 1.5"),
+        ("--config.sft.epochs=True", r"expected int such as 1, found True"),
+        ("--config.sft.snapshots.probe=1", r"expected bool such as True, found 1"),
+        ("--config.sft.optimizer=1", r"--config.sft.optimizer is a group of fields; valid: .*learning_rate"),
+        ("--config.sft.epochs.x=1", r"--config.sft.epochs.x is no field"),
+        ("--config.seed", "unknown flag"),
+        ("--verbose=1", r"--verbose=1: unknown flag; fields of the config are set by --config.name=value"),
+        ("--config.sft.epochs=0", r"config.sft.epochs=0, expected at least 1"),
+        ("--config.sft.data.path=", r"config.sft.data.path is empty"),
+        ("--config.model.name=", "no model; pass --config.model.path"),
+        ("--config.stages=('sft', 'dpoo')", r"stage 'dpoo' has no field config.dpoo"),
+        ("--config.stages=('model',)", r"may not be called 'model'"),
+        ("--config.stages=('sft', 'sft')", "'sft' stands twice"),
+        ("--config.stages=()", "config.stages is empty"),
+        ("--config.sft.init_from=dpo", r"config.sft.init_from='dpo' is no earlier stage"),
+        ("--config.sft.optimizer.schedule=cosin", r"config.sft.optimizer.schedule='cosin'; did you mean 'cosine'"),
+        ("--config.model.remat=half", r"config.model.remat='half'; valid: none, dots, full"),
+        ("--config.dpo.data.truncation=left", r"config.dpo.data.truncation='left'"),
+    ],
+)
+def test_what_an_override_may_not_say(write: Path, flag: str, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        configs.load(str(write), [flag])
+
+
+def test_files_that_are_none(write: Path) -> None:
+    with pytest.raises(UserError, match=r"min.py: no such file; did you mean '.*mine.py'"):
+        configs.load(str(write.parent / "min.py"))
+    with pytest.raises(UserError, match="nowhere/x.py: no such file"):
+        configs.load("nowhere/x.py")
+    write.write_text("x = 1\n")
+    with pytest.raises(UserError, match=r"has no function get_config\(\)"):
+        configs.load(str(write))
+
+
+def test_stage_fields() -> None:
+    stage = configs.stage("simpo", batch_size=4, hyper={"gamma": 2}, data={"options": {"anything": 1}})
+    assert (stage.batch_size, stage.hyper.gamma, stage.hyper.beta) == (4, 2.0, 2.0)
+    assert stage.data.options.anything == 1 and stage.data.truncation == "response_end"
+    for fields, match in (
+        ({"batchsize": 4}, r"stage\('simpo'\).batchsize is no field; did you mean 'batch_size'"),
+        ({"hyper": {"betta": 1}}, r"hyper.betta is no field; did you mean 'beta'"),
+        ({"batch_size": "4"}, r"batch_size: expected int such as 32, found '4'"),
+        ({"batch_size": {"a": 1}}, r"batch_size: expected int, found a dict"),
+        ({"optimizer": 3}, r"optimizer: expected ConfigDict"),
+    ):
+        with pytest.raises(UserError, match=match):
+            configs.stage("simpo", **fields)
+    with pytest.raises(UserError, match="objective 'dpoo' is unknown; did you mean 'dpo'"):
+        configs.stage("dpoo")
+
+
+def test_stages_do_not_share_defaults() -> None:
+    one, other = configs.stage("dpo"), configs.stage("dpo")
+    one.hyper.beta, one.optimizer.learning_rate = 0.7, 1.0
+    assert (other.hyper.beta, other.optimizer.learning_rate) == (0.1, 1e-5)
+    assert isinstance(configs.experiment(), ConfigDict)

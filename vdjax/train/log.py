@@ -1,0 +1,111 @@
+"""What people see of a run while it goes: lines, progress, metrics.jsonl, TensorBoard, and how it is stopped."""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from vdjax.drift import tensorboard
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGINT or SIGTERM into a request that is honoured between two steps; a second one is not held."""
+    seen: list[int] = []
+
+    def on_signal(number: int, _: Any) -> None:
+        seen.append(number)
+        for other, handler in before.items():
+            signal.signal(other, handler)
+        say("stopping after this step and writing a resume point; once more to stop at once")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+    """A line for people, from process 0."""
+    if jax.process_index() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def progress_over(items: Iterable, total: int, what: str) -> Iterator:
+    """Goes through `items` with a progress bar on a terminal, a line every ten seconds elsewhere."""
+    bar = jax.process_index() == 0 and sys.stderr.isatty()
+    start = last = time.perf_counter()
+    for number, item in enumerate(tqdm(items, what, total, disable=not bar, file=sys.stderr, leave=False), start=1):
+        yield item
+        now = time.perf_counter()
+        if not bar and now - last > 10:
+            last = now
+            say(f"{what} {number}/{total}  about {(now - start) / number * (total - number):.0f} s left")
+    say(f"{what}: {total} batches in {time.perf_counter() - start:.1f} s")
+
+
+class MetricsLog:
+    """metrics.jsonl, TensorBoard and the progress line of a stage; on a resume, what lies beyond `step` is dropped."""
+
+    def __init__(self, file: Path, tb: Path, name: str, step: int, total: int, log_every: int) -> None:
+        self.name, self.total, self.every = name, total, log_every
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() and step else []
+        rows = [row for row in rows if row["step"] <= step]
+        self.evaluated = {row["step"] for row in rows if "eval_loss" in row}
+        self.first = jax.process_index() == 0
+        if self.first:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(file, "w", buffering=1)  # noqa: SIM115 - open for as long as the stage runs
+            self.file.writelines(json.dumps(row) + "\n" for row in rows)
+            self.tb = tensorboard.open_writer(tb, start_step=step + 1 if step else 0)
+        self.bar = tqdm(
+            total=total,
+            initial=step,
+            desc=name,
+            unit="step",
+            disable=not (self.first and sys.stderr.isatty()),
+            file=sys.stderr,
+        )
+        self.last_line = 0.0
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.first:
+            self.file.write(json.dumps(row) + "\n")
+            scalars = {f"{self.name}/{k}": v for k, v in row.items() if k != "step"}
+            tensorboard.scalars(self.tb, row["step"], scalars)
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        if step % self.every == 0 or step == self.total:
+            self._write({"step": step, **values})
+        shown = {k: f"{values[k]:.4g}" for k in ("loss", "reward_accuracy", "tokens_per_s") if k in values}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        now = time.monotonic()
+        if self.bar.disable and self.first and (now - self.last_line > 10 or step == self.total):
+            self.last_line = now
+            left = (self.total - step) * values["seconds"]
+            text = "  ".join(f"{k} {v}" for k, v in shown.items())
+            say(f"{self.name} {step}/{self.total}  {text}  about {left:.0f} s left")
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        self.evaluated.add(step)
+        self._write({"step": step, **values})
+        text = "  ".join(
+            f"{k} {values[k]:.4f}" for k in ("eval_loss", "eval_reward_accuracy", "eval_reward_margin") if k in values
+        )
+        say(f"{self.name} {step}/{self.total} held out: {text}")
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.first:
+            self.file.close()
+            self.tb.close()
