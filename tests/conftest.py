@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jax
 import pytest
 import tiny
@@ -19,6 +20,10 @@ import tiny
 from vdjax import config as configs
 from vdjax import experiment
 from vdjax.models.functional import Model
+
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # the machine may be busy
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_unconfigure() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,3 +160,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_examples(tiny_dat
     assert snapshots.kept(tmp_path / "run" / "sft" / "snapshots") == [0]
     assert not list((tmp_path / "run" / "sft" / "resume").glob("[0-9]*"))
     assert [row["step"] for row in metrics(tmp_path / "run", "sft")] == [0, 1]
+
+
+def test_going_on_with_other_data_is_refused(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(tiny_data, tmp_path / "data")
+    config = configs.load(tiny.config_spec(folder))
+    log_step = loop.MetricsLog.step
+
+    def stop_after_two(self: loop.MetricsLog, step: int, values: dict[str, float]) -> None:
+        log_step(self, step, values)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.MetricsLog, "step", stop_after_two)
+    with pytest.raises(loop.Interrupted, match="sft: stopped at step 3 of 6"):
+        experiment.run(config, tmp_path / "run", "COMMAND")
+    lines = (folder / "sft.jsonl").read_text().splitlines()
+    (folder / "sft.jsonl").write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    with pytest.raises(UserError, match=r"sft: the data changed since .* was written"):
+        experiment.run(config, tmp_path / "run", "COMMAND")

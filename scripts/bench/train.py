@@ -62,14 +62,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=2)
-    flags = parser.parse_args()
+    flags, overrides = parser.parse_known_args()
+    config = configs.experiment()
+    for flag in overrides:
+        configs.override(config, flag)
 
     count = (flags.steps + flags.warmup) * flags.batch
     rows = [json.loads(line) for line in flags.rows.read_text().splitlines()][:count]
     if len(rows) < count:
         parser.error(f"{flags.rows}: {count} rows needed, {len(rows)} there")
     cfg = model_config.from_hf(hf.read_config(flags.model), where=str(flags.model))
-    model, mesh = make_model(cfg, configs.experiment().model), sharding.make_mesh()
+    model, mesh = make_model(cfg, config.model), sharding.make_mesh()
     params = hf.place(hf.open_reader(flags.model, cfg), model.params, shardings(model, mesh))
     rate = {"learning_rate": 2e-5 if flags.objective == "sft" else 1e-6, "schedule": "constant", "warmup": 0.0}
     stage = configs.stage(flags.objective, optimizer=rate, batch_size=flags.batch)
@@ -134,10 +137,12 @@ def reference_pass(model, params, stage, data, mesh):
         compiled["run"] = lambda batch: sharding.fetch(step(params, loop.device_batch(batch, mesh)))
         return compiled["run"]
 
-    def timed(batches):
-        compiled["run"]({k: v for k, v in batches[0].items() if k not in ("source", "indices")})
-        compiled["start"] = time.perf_counter()
-        yield from batches
+    def timed(batches, total):
+        for number, batch in enumerate(batches):
+            if number == 0:  # compiles
+                compiled["run"]({k: v for k, v in batch.items() if k not in ("source", "indices")})
+                compiled["start"] = time.perf_counter()
+            yield batch
 
     values = pipeline.reference_log_probs(data, stage.batch_size, 1, score, timed)
     return values, time.perf_counter() - compiled["start"]

@@ -167,7 +167,7 @@ def test_held_out_evaluation_is_the_same_mean(qwen: tuple[Model, Any], cases: di
     case, mesh = cases["dpo"], sharding.make_mesh(devices=jax.devices()[:1])
     plan = loop.StagePlan(PAIRS, PAIRS, None, 1, Shape(1, 1, 1), 2, [])
     stage = configs.stage("dpo", hyper=HYPER["dpo"], batch_size=4)
-    evaluate = loop.held_out_evaluation(plan, made, stage, mesh, lambda data: case.reference)
+    evaluate = loop.held_out_evaluation(plan, made, stage, mesh, {PAIRS.key: case.reference})
     assert evaluate is not None
     found = evaluate(params)
     assert set(found) == {f"eval_{name}" for name in case.metrics}
