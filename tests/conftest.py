@@ -21,7 +21,6 @@ from vdjax import config as configs
 from vdjax import experiment
 from vdjax.models.functional import Model
 
-
 hypothesis.settings.register_profile("untimed", deadline=None)  # the machine may be busy
 hypothesis.settings.load_profile("untimed")
 
