@@ -31,8 +31,7 @@ SPEEDS = ("tokens_per_s", "examples_per_s", "mfu", "seconds")
 def stopped(how: str, stage: str, step: int, *arguments: str) -> subprocess.CompletedProcess:
     """Runs vdjax.main in a process of its own that stops itself there."""
     command = [sys.executable, str(tiny.HERE / "stop_at.py"), how, stage, str(step), *arguments]
-    env = os.environ | {"PYTHONPATH": str(tiny.HERE)}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=300)
 
 
 def all_params(snapshot: Path) -> dict[str, np.ndarray]:

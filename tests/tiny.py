@@ -1,6 +1,7 @@
 """What several test modules share: tiny models, data and batches, and sequences scored without any packing."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,11 @@ def model(family: str) -> tuple[Model, Any]:
     params = transformer.init_params(made.cfg, seed=1)
     # The initial logits are nearly equal and would hide mistakes.
     return made, jax.tree.map(lambda x: x if x.ndim == 1 or x.shape[-1] in (16,) else 5 * x, params)
+
+
+def environment() -> dict[str, str]:
+    """Of a test's own process, which imports what this one does."""
+    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
 
 
 def config_spec(folder: Path) -> str:

@@ -1,7 +1,6 @@
 """Every layout of eight simulated devices gives what one device gives."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +22,9 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    env = os.environ | {
-        # Unoptimised code: most of the time goes into compiling.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "PYTHONPATH": str(tiny.HERE),
-    }
+    # Unoptimised code: most of the time goes into compiling.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    env = tiny.environment() | {"XLA_FLAGS": flags}
     script = str(Path(__file__).parent / "eight_devices.py")
     result = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr
