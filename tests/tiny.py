@@ -64,7 +64,8 @@ def model(family: str) -> tuple[Model, Any]:
 
 def environment() -> dict[str, str]:
     """Of a test's own process, which imports what this one does."""
-    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    path = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]  # an empty part would be the current directory
+    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(path)}
 
 
 def config_spec(folder: Path) -> str:
