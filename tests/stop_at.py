@@ -26,6 +26,7 @@ def arm(how: str, stage: str, at: int) -> None:
         if (manager.directory.parent.name, step) == (stage, at) and how == "SAVE":
             os.kill(os.getpid(), signal.SIGKILL)
 
+    loop.peak_flops = lambda: 1e9  # measuring it takes seconds
     loop.MetricsLog.step = step  # type: ignore[method-assign]
     snapshots.save_resume = save
 

@@ -71,7 +71,8 @@ def interrupted(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, compi
             assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (workdir / "dpo" / "done.json").exists()
     assert "4" in [p.name for p in (workdir / "dpo" / "resume").iterdir()]
-    with compiles() as names:
+    with compiles() as names, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "peak_flops", lambda: 1e9)
         experiment.run(configs.load(tiny.config_spec(tiny_data)), workdir, "COMMAND")
     return workdir, names
 
