@@ -4,16 +4,23 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-from vdjax import runtime, sharding, snapshots
+from ml_collections import ConfigDict
+
+from vdjax import experiment, runtime, sharding, snapshots
 from vdjax.cli import run_cli
 from vdjax.errors import UserError
 from vdjax.models import config as model_config
-from vdjax.models import hf, transformer
+from vdjax.models import hf, lora, peft
+from vdjax.models.functional import make_model, shardings, trained_part
 
 
 def export(snapshot: Path, out: Path, dtype: str | None = None) -> None:
     """Writes config.json, safetensors, tokenizer and chat template of a snapshot to `out`.
+
+    Adapters are merged into what they were trained beside. A reward model is written as the
+    `...ForSequenceClassification` of its family with one label, which is its reward.
 
     Args:
       dtype: None keeps that of training. The base model's may be coarser than the updates: bfloat16 would round most
@@ -22,23 +29,100 @@ def export(snapshot: Path, out: Path, dtype: str | None = None) -> None:
     Raises:
       UserError: not a snapshot of a vdjax workdir, or `out` already holds a model.
     """
+    _, _, workdir = locate(snapshot)
+    opened = experiment.open_snapshot(snapshot)
+    files, tok, stop_ids = workdir / "model", opened.made.tokenizer, opened.made.template.stop_ids
+    hf_config, reward = opened.made.hf_config, "score" in opened.params
+    if reward:
+        hf_config = model_config.scoring(hf_config, padding_id(tok, stop_ids))
+    dtype = dtype or opened.config.model.param_dtype
+    hf.save(opened.params, opened.model.cfg, out, hf_config=hf_config, dtype=dtype, metadata=metadata(snapshot))
+    copy_tokenizer(files, out)
+    if reward:
+        tok.pad_token = tok.convert_ids_to_tokens(hf_config["pad_token_id"])
+        tok.save_pretrained(out)
+    else:
+        shutil.copy(files / "generation_config.json", out)
+
+
+def export_adapters(snapshot: Path, out: Path) -> str:
+    """Writes the adapters of a snapshot to `out` as a PEFT directory, with tokenizer and chat template.
+
+    Returns:
+      What the user must know of the model that the adapters lie beside.
+
+    Raises:
+      UserError: not a snapshot of a vdjax workdir; one without adapters; a reward model's, or one of a model made from
+        a seed, which peft could not find the base of; `out` already holds a model.
+    """
+    config, name, workdir = locate(snapshot)
+    adapters = lora.from_config(config[name].lora, f"config.{name}.lora")
+    if not adapters:
+        raise UserError(f"--snapshot {snapshot}: stage {name} has no adapters (config.{name}.lora.rank is 0)")
+    if experiment.stage_head(config, name) == "score":
+        raise UserError(f"--snapshot {snapshot}: a reward model's head fits no PEFT directory; leave --adapters out")
+    base, revision, about = base_model(config, name, workdir, out)
+    cfg = model_config.from_hf(
+        hf.read_config(workdir / "model"),
+        where=str(workdir / "model" / "config.json"),
+        ignore_fields=config.model.ignore_fields,
+    )
+    model = make_model(cfg, config.model, lora=adapters)
+    layout = trained_part(model, shardings(model, sharding.make_mesh(fsdp=-1)))
+    params = hf.place(snapshots.open_reader(snapshot.resolve()), trained_part(model, model.params), layout)
+    peft.save(params, adapters, out, base=base, revision=revision, metadata=metadata(snapshot))
+    copy_tokenizer(workdir / "model", out)
+    return about
+
+
+def locate(snapshot: Path) -> tuple[ConfigDict, str, Path]:
+    """Config, stage and workdir of a snapshot.
+
+    Raises:
+      UserError: not a snapshot of a vdjax workdir.
+    """
     snapshot = snapshot.resolve()
     if len(snapshot.parts) < 4 or snapshot.parent.name != "snapshots":
         raise UserError(f"--snapshot {snapshot}: expected WORKDIR/STAGE/snapshots/STEP")
-    reader, workdir = snapshots.open_reader(snapshot), snapshot.parents[2]
-    files = workdir / "model"
-    hf_config = hf.read_config(files)
-    trained = json.loads((workdir / "config.json").read_text())["config"]["model"]
-    cfg = model_config.from_hf(hf_config, where=str(files / "config.json"), ignore_fields=trained["ignore_fields"])
-    dtype = dtype or trained["param_dtype"]
-    _, params = transformer.abstract(cfg)
-    mesh = sharding.make_mesh(fsdp=-1)
-    layout = sharding.param_shardings(transformer.param_axes(cfg), params, mesh)
-    metadata = {"vdjax_snapshot": f"{snapshot.parents[1].name}/{snapshot.name}"}
-    hf.save(hf.place(reader, params, layout), cfg, out, hf_config=hf_config, dtype=dtype, metadata=metadata)
+    snapshots.open_reader(snapshot)
+    workdir = snapshot.parents[2]
+    content = json.loads((workdir / "config.json").read_text())
+    return ConfigDict(content["config"]), snapshot.parents[1].name, workdir
+
+
+def base_model(config: ConfigDict, name: str, workdir: Path, out: Path) -> tuple[str, str | None, str]:
+    """Where peft finds the model that a stage's adapters lie beside, its revision, and what to say about it."""
+    source = experiment.parent(config, name)
+    if source:
+        base = str(out.resolve()) + "-base"
+        last = workdir / source / "snapshots" / str(experiment.done(workdir, source)["total_steps"])
+        return base, None, f"its base is exported by: python -m vdjax.export --snapshot {last} --out {base}"
+    path = config.model.path
+    if not path:
+        raise UserError(f"--adapters: the base of stage {name} was made from a seed and is no model; leave it out")
+    local = Path(path).expanduser()
+    base = str(local.resolve()) if local.is_dir() else path
+    return base, config.model.revision or None, f"its base is {base}"
+
+
+def padding_id(tok: Any, stop_ids: tuple[int, ...]) -> int:
+    """A special token that ends no response: transformers reads the reward at the last token that is not padding."""
+    candidates = [tok.pad_token_id, tok.bos_token_id, *tok.all_special_ids]
+    for token in candidates:
+        if token is not None and token not in stop_ids:
+            return token
+    raise UserError("the tokenizer has no special token that ends no response, which a reward model is padded with")
+
+
+def copy_tokenizer(files: Path, out: Path) -> None:
     for file in files.iterdir():
-        if file.name != "config.json":
+        if file.name not in ("config.json", "generation_config.json"):
             shutil.copy(file, out)
+
+
+def metadata(snapshot: Path) -> dict[str, str]:
+    snapshot = snapshot.resolve()
+    return {"vdjax_snapshot": f"{snapshot.parents[1].name}/{snapshot.name}"}
 
 
 def main() -> None:
@@ -46,10 +130,17 @@ def main() -> None:
     parser.add_argument("--snapshot", type=Path, required=True, metavar="DIR/STAGE/snapshots/STEP")
     parser.add_argument("--out", type=Path, required=True, help="a directory that does not hold a model yet")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of training")
+    parser.add_argument("--adapters", action="store_true", help="adapters alone, as a PEFT directory; default: merged")
     flags = parser.parse_args()
     runtime.start()
-    export(flags.snapshot, flags.out, flags.dtype)
-    print(f"wrote {flags.out}")
+    if flags.adapters:
+        if flags.dtype:
+            raise UserError("--dtype: adapters are written in float32, as they are trained; leave it or --adapters out")
+        about = export_adapters(flags.snapshot, flags.out)
+        print(f"wrote {flags.out}; {about}")
+    else:
+        export(flags.snapshot, flags.out, flags.dtype)
+        print(f"wrote {flags.out}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "norm": (),
+    "rank": (),
     "layer": (),
     "snapshot": ("snapshot",),
     "batch": ("data", "fsdp"),

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from vdjax import sharding
 from vdjax.data.chat import Rendered
 from vdjax.errors import UserError
-from vdjax.models.functional import Model
+from vdjax.models import hf, lora
+from vdjax.models.functional import Model, make_model
 from vdjax.probes import evaluator
 from vdjax.probes.readouts import Item
 
@@ -123,3 +124,59 @@ def test_layout_holds_every_item_once() -> None:
                 arrays["tokens"][row][here], item.rendered.tokens[item.rendered.branches == answer + 1]
             )
     assert sum(int((b["segment_ids"] > 0).sum()) for b in plan.batches) == sum(len(i.rendered.tokens) for i in ITEMS)
+
+
+@pytest.fixture(scope="module")
+def adapted(llama: tuple[Model, Any]) -> tuple[Model, list[Any]]:
+    """The tiny Llama-3 with adapters, and five sets of adapters that change what it says."""
+    made = make_model(llama[0].cfg, tiny.MODEL, lora=lora.Lora(4, 8.0, ("q_proj", "o_proj", "up_proj", "down_proj")))
+    rng = np.random.default_rng(2)
+    shapes = lora.adapters_of(made.params)
+    return made, [
+        jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.3).astype(np.float32), shapes) for _ in range(5)
+    ]
+
+
+@pytest.mark.parametrize("fits", [5, 2.5, 1])
+def test_adapters_over_one_base_score_as_each_merged_alone(
+    llama: tuple[Model, Any], adapted: tuple[Model, list[Any]], compiles: Any, fits: float
+) -> None:
+    made, adapters = adapted
+    one = evaluator.size_in_bytes(adapters[0])
+    with compiles() as names:
+        sums, counts = evaluate(made, adapters, base=llama[1], memory_bytes=size_of(llama[0]) + fits * one)
+    assert names.count("jit(one)") == 1
+    merged = [jax.tree.map(np.asarray, lora.merge(lora.join(llama[1], a), made.lora)) for a in adapters]
+    alone = np.concatenate([evaluate(llama[0], [params])[0] for params in merged])
+    np.testing.assert_allclose((sums - alone) / np.maximum(counts, 1), 0, atol=1e-5)
+    assert np.abs(np.diff(alone, axis=0))[:, counts > 0].min() > 1e-3
+
+
+def test_the_base_is_held_once(llama: tuple[Model, Any], adapted: tuple[Model, list[Any]]) -> None:
+    """What the program takes and what it makes meanwhile, as XLA counts them, for five snapshots and for one."""
+    made, adapters = adapted
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    plan = evaluator.layout(ITEMS, 4)
+
+    def memory(snapshots: int) -> Any:
+        stacked = jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct((*x.shape[:at], snapshots, *x.shape[at:]), x.dtype),
+            adapters[0],
+            hf.snapshot_axes(adapters[0]),
+        )
+        with jax.set_mesh(mesh):
+            score = evaluator.make_scorer(made, plan.shape.sequences, mesh)
+            return score.lower(stacked, llama[1], plan.batches[0]).compile().memory_analysis()
+
+    one = evaluator.size_in_bytes(adapters[0])
+    held = [memory(n).argument_size_in_bytes for n in (1, 5)]
+    assert held[1] - held[0] == 4 * one
+    batch = sum(x.nbytes for x in plan.batches[0].values())
+    assert held[0] <= size_of(llama[0]) + one + batch + 256
+    # Once, not five times, is the base counted where groups are made; with two copies of all, twice.
+    for copies in (1, 2):
+        assert len(evaluator.groups(5, made, copies * (size_of(llama[0]) + 5 * one), copies)) == 1
+        assert len(evaluator.groups(5, made, copies * (size_of(llama[0]) + 5 * one) - 1, copies)) == 2
+        with pytest.raises(UserError, match="beside the"):
+            evaluator.groups(5, made, copies * (size_of(llama[0]) + one) - 1, copies)
+    assert [len(part) for part in evaluator.groups(40, made, 1e12)] == [14, 14, 14]

@@ -104,3 +104,17 @@ def attention(
         blocks.append(apply(q[..., start:end, :], k[..., :end], v[..., :end], bias))
     out = jnp.concatenate(blocks, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
+
+
+def cached_attention(
+    q: Float[Array, "batch 1 heads dim"],
+    keys: Float[Array, "batch kv_heads dim slots"],
+    values: Float[Array, "batch kv_heads slots dim"],
+    seen: Bool[Array, "batch slots"],
+) -> Float[Array, "batch 1 heads dim"]:
+    """Softmax attention of one query a row with the slots of a cache that it sees; arithmetic as in `attention`."""
+    batch, _, heads, dim = q.shape
+    rows = q.reshape(batch, keys.shape[1], -1, dim)
+    scores = jnp.einsum("bkqd,bkdm->bkqm", rows, keys, preferred_element_type=jnp.float32) * dim**-0.5
+    weights = jax.nn.softmax(scores + jnp.where(seen, 0.0, MASKED)[:, None, None], axis=-1).astype(values.dtype)
+    return jnp.einsum("bkqm,bkmd->bkqd", weights, values).reshape(batch, 1, heads, dim)

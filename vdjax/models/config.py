@@ -95,8 +95,14 @@ def num_params(cfg: ModelConfig) -> int:
     return tables + cfg.num_layers * layer + cfg.hidden_size
 
 
-def from_hf(config: Mapping[str, Any], *, where: str, ignore_fields: Collection[str] = ()) -> ModelConfig:
-    """Reads the dict of a config.json of `LlamaForCausalLM` or `Qwen3ForCausalLM`.
+def from_hf(
+    config: Mapping[str, Any],
+    *,
+    where: str,
+    ignore_fields: Collection[str] = (),
+    head: Literal["vocab", "score"] = "vocab",
+) -> ModelConfig:
+    """Reads the dict of a config.json of `LlamaForCausalLM` or `Qwen3ForCausalLM`, or of a reward model of their kind.
 
     A field that is missing takes the default of transformers; a field that is null counts as missing. Both ways to
     write rope are read: `rope_theta` with `rope_scaling`, and `rope_parameters`.
@@ -105,12 +111,14 @@ def from_hf(config: Mapping[str, Any], *, where: str, ignore_fields: Collection[
       config: the parsed config.json.
       where: its path, for messages.
       ignore_fields: unknown fields that, as the caller knows, do not change the numbers.
+      head: "score" asks for `LlamaForSequenceClassification` or `Qwen3ForSequenceClassification` with one label.
 
     Raises:
-      UserError: a field is unknown, asks for what vdjax does not compute, or is impossible.
+      UserError: a field is unknown, asks for what vdjax does not compute, or is impossible; a reward model where a
+        language model is asked for, or the reverse.
     """
     fields = {name: value for name, value in config.items() if value is not None}
-    family = _family(fields, where)
+    family = _family(fields, where, head)
     _check_fields(fields, family, where, ignore_fields)
 
     def size(name: str, default: int | None = None) -> int:
@@ -163,7 +171,7 @@ def to_hf(
     eos_token_id: int | list[int] | None,
     pad_token_id: int | None = None,
 ) -> dict[str, Any]:
-    """A config.json, as published models have it, for a model that vdjax made."""
+    """A config.json of a language model, as published models have it, for a model that vdjax made."""
     family = FAMILIES[cfg.family]
     rope = None if cfg.rope_scaling is None else {"rope_type": "llama3", **vars(cfg.rope_scaling)}
     return {
@@ -194,14 +202,37 @@ def to_hf(
     }
 
 
-def _family(fields: Mapping[str, Any], where: str) -> ModuleType:
-    by_architecture = {module.ARCHITECTURE: module for module in FAMILIES.values()}
+def scoring(config: Mapping[str, Any], pad_token_id: int) -> dict[str, Any]:
+    """A language model's config.json as that of the reward model with the same shape (`from_hf` with head "score").
+
+    Args:
+      pad_token_id: transformers scores the last token that is another; it must be none that ends what is scored.
+    """
+    labels: dict[str, Any] = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": pad_token_id}
+    (language,) = config["architectures"]
+    reward = {module.ARCHITECTURE: module.SCORE_ARCHITECTURE for module in FAMILIES.values()}
+    kept = {name: value for name, value in config.items() if name not in ("num_labels", "problem_type")}
+    return {**kept, **labels, "architectures": [reward[language]]}
+
+
+def _family(fields: Mapping[str, Any], where: str, head: str) -> ModuleType:
+    language = {module.ARCHITECTURE: module for module in FAMILIES.values()}
+    reward = {module.SCORE_ARCHITECTURE: module for module in FAMILIES.values()}
+    wanted, other = (reward, language) if head == "score" else (language, reward)
     names = fields.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in by_architecture:
-        raise UserError(f"{where}: architectures is {names!r}; supported: {', '.join(by_architecture)}")
-    family = by_architecture[names[0]]
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in wanted:
+        is_other = isinstance(names, list) and len(names) == 1 and names[0] in other
+        kinds = ("a language model", "a reward model") if head == "score" else ("a reward model", "a language model")
+        hint = f", {kinds[0]} where {kinds[1]} is needed" if is_other else ""
+        raise UserError(f"{where}: architectures is {names!r}{hint}; supported: {', '.join(wanted)}")
+    family = wanted[names[0]]
     if fields.get("model_type", family.FAMILY) != family.FAMILY:
         raise UserError(f"{where}: model_type {fields['model_type']!r} does not go with architecture {names[0]!r}")
+    if head == "score":
+        labels = fields.get("id2label")  # transformers takes two labels where a config.json says nothing
+        count = len(labels) if isinstance(labels, Mapping) else fields.get("num_labels", 2)
+        if count != 1:
+            raise UserError(f"{where}: a reward model has 1 label, but this model has {count!r} (id2label, num_labels)")
     return family
 
 

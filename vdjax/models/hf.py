@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
 import jax
@@ -44,6 +44,7 @@ TENSORS: dict[ParamPath, str] = {
     ("layers", "mlp_norm"): "model.layers.{}.post_attention_layernorm.weight",
     ("final_norm",): "model.norm.weight",
     ("lm_head",): "lm_head.weight",
+    ("score",): "score.weight",  # [width] here and [1, width] there
 }
 
 
@@ -72,25 +73,28 @@ def read_config(directory: Path) -> dict[str, Any]:
     return _read_json(directory / "config.json")
 
 
-def open_reader(directory: Path, cfg: ModelConfig) -> Reader:
+def open_reader(directory: Path, cfg: ModelConfig, head: Literal["vocab", "score"] = "vocab") -> Reader:
     """Checks every tensor of a checkpoint and returns a function that reads any slice of a parameter.
 
     The reader takes a parameter's path in `params` and one slice an axis, in our layout (layers stacked, [in, out]),
     and returns that slice in the dtype of the file; it reads nothing else and holds no file open.
+
+    Args:
+      head: "score" reads a sequence-classification checkpoint of one label, a reward model (`Transformer`).
 
     Raises:
       UserError: a tensor is missing, unexpected, misshapen or of another dtype than float32, float16 or bfloat16; an
         index or file is broken; a tied model holds an lm_head that differs from its embedding.
     """
     files = _tensor_files(directory)
-    _, params = abstract(cfg)
+    _, params = abstract(cfg, head=head)
     shapes: dict[str, tuple[int, ...]] = {}
     for path, leaf in _leaves(params):
         if path[0] == "layers":
             shapes |= {TENSORS[path].format(i): leaf.shape[:0:-1] for i in range(cfg.num_layers)}
         else:
-            shapes[TENSORS[path]] = leaf.shape
-    _check_tensors(directory, files, shapes, cfg.tie_embeddings)
+            shapes[TENSORS[path]] = (1, *leaf.shape) if path == ("score",) else leaf.shape
+    _check_tensors(directory, files, shapes, cfg.tie_embeddings and head == "vocab")
 
     def read_tensor(name: str, index: Index) -> np.ndarray:
         # Opened anew for each slice: a kept mapping would count all that was ever read as this process's memory.
@@ -98,6 +102,8 @@ def open_reader(directory: Path, cfg: ModelConfig) -> Reader:
             return file.get_slice(name)[index]
 
     def read(path: ParamPath, index: Index) -> np.ndarray:
+        if path == ("score",):
+            return read_tensor(TENSORS[path], (slice(0, 1), *index))[0]
         if path[0] != "layers":
             return read_tensor(TENSORS[path], index)
         layers = range(cfg.num_layers)[index[0]]
@@ -107,19 +113,18 @@ def open_reader(directory: Path, cfg: ModelConfig) -> Reader:
     return read
 
 
-def place(reader: Reader, abstract_params: Params, shardings: Params, dtype: DTypeLike | None = None) -> Params:
+def place(reader: Reader, abstract_params: Params, shardings: Params) -> Params:
     """Parameters read into their shardings: each device's part is read, cast and put there before the next is read.
 
     Args:
       reader: from `open_reader`.
       abstract_params: shapes and dtypes, from `vdjax.models.transformer.abstract`.
       shardings: the same tree of shardings.
-      dtype: of the parameters; None keeps those of `abstract_params`.
     """
 
     def load(path: ParamPath, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         def read_part(bounds: Index) -> np.ndarray:
-            out = _empty(bounds, dtype or leaf.dtype)
+            out = _empty(bounds, leaf.dtype)
             _read_into(out, reader, path, bounds)
             return out
 
@@ -128,9 +133,7 @@ def place(reader: Reader, abstract_params: Params, shardings: Params, dtype: DTy
     return _map_leaves(load, abstract_params, shardings)
 
 
-def stack_place(
-    readers: Sequence[Reader], abstract_params: Params, shardings: Params, dtype: DTypeLike | None = None
-) -> Params:
+def stack_place(readers: Sequence[Reader], abstract_params: Params, shardings: Params) -> Params:
     """Like `place` for several checkpoints of one shape, with a snapshot axis where `snapshot_axes` says.
 
     Args:
@@ -139,7 +142,7 @@ def stack_place(
 
     def load(path: ParamPath, leaf: jax.ShapeDtypeStruct, axis: int, sharding: jax.sharding.Sharding) -> jax.Array:
         def read_part(bounds: Index) -> np.ndarray:
-            out = _empty(bounds, dtype or leaf.dtype)
+            out = _empty(bounds, leaf.dtype)
             snapshots = range(bounds[axis].start, bounds[axis].stop)
             for snapshot, own in zip(snapshots, np.moveaxis(out, axis, 0), strict=True):
                 _read_into(own, readers[snapshot], path, bounds[:axis] + bounds[axis + 1 :])
@@ -168,7 +171,7 @@ def save(
     """Writes config.json and safetensors shards that transformers loads; a shard at a time is in host memory.
 
     All processes must call it; the first one writes. With the dtype of the checkpoint that `params` came from, the
-    tensors are bit for bit those of that checkpoint. Tied models write no lm_head.
+    tensors are bit for bit those of that checkpoint. Tied models write no lm_head, reward models `score` in its place.
 
     Args:
       hf_config: config.json; its dtype field is set to `dtype`.
@@ -194,7 +197,7 @@ def save(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: _fetch(source, out_dtype) for name, source in shard}
+        tensors = {name: fetch(source, out_dtype) for name, source in shard}
         weight_map |= dict.fromkeys(tensors, file)
         if writes:
             safetensors.numpy.save_file(tensors, out_dir / file, {"format": "pt", **(metadata or {})})
@@ -204,9 +207,9 @@ def save(
     if len(shards) > 1:
         size = sum(_export_size(source) for _, source in sources)
         totals = {"total_parameters": size, "total_size": size * out_dtype.itemsize}
-        _write_json(out_dir / INDEX_FILE, {"metadata": totals, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(out_dir / INDEX_FILE, {"metadata": totals, "weight_map": dict(sorted(weight_map.items()))})
     key = "dtype" if "dtype" in hf_config else "torch_dtype"
-    _write_json(out_dir / "config.json", {**hf_config, key: out_dtype.name})
+    write_json(out_dir / "config.json", {**hf_config, key: out_dtype.name})
 
 
 def _export_order(params: Params, cfg: ModelConfig) -> Iterator[tuple[str, Source]]:
@@ -217,7 +220,9 @@ def _export_order(params: Params, cfg: ModelConfig) -> Iterator[tuple[str, Sourc
             if path[0] == "layers" and path[1] in params["layers"]:
                 yield name.format(layer), (params["layers"][path[1]], layer)
     yield TENSORS["final_norm",], (params["final_norm"], None)
-    if not cfg.tie_embeddings:
+    if "score" in params:
+        yield TENSORS["score",], (params["score"][None], None)
+    elif not cfg.tie_embeddings:
         yield TENSORS["lm_head",], (params["lm_head"], None)
 
 
@@ -226,7 +231,7 @@ def _export_size(source: Source) -> int:
     return math.prod(leaf.shape if layer is None else leaf.shape[1:])
 
 
-def _fetch(source: Source, dtype: np.dtype) -> np.ndarray:
+def fetch(source: Source, dtype: np.dtype) -> np.ndarray:
     """A tensor in Hugging Face layout on this host."""
     leaf, layer = source
     value = leaf if layer is None else leaf[layer]
@@ -372,5 +377,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 FAMILY = "llama"
 ARCHITECTURE = "LlamaForCausalLM"
+SCORE_ARCHITECTURE = "LlamaForSequenceClassification"
 DEFAULT_MAX_POSITIONS = 2048
 
 # Fields that only a Llama config.json has, each with the one value that leaves the numbers as vdjax computes them.

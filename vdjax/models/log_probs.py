@@ -20,8 +20,18 @@ def predecessors(sequence_ids: Int[Array, "rows length"]) -> Int[Array, "rows le
     return jnp.maximum(jnp.where(starts, last_shared, index - 1), 0)
 
 
+def hidden_states(model: Any, batch: Mapping[str, Array]) -> Float[Array, "rows length width"]:
+    return model(batch["tokens"], batch["positions"], batch["segment_ids"], batch["sequence_ids"])
+
+
 def token_log_probs(
-    model: Any, batch: Mapping[str, Array], *, chunk: int, groups: int = 1
+    model: Any,
+    batch: Mapping[str, Array],
+    *,
+    chunk: int,
+    groups: int = 1,
+    hidden: Float[Array, "rows length width"] | None = None,
+    temperature: float = 1.0,
 ) -> Float[Array, "rows length"]:
     """log pi(token | what it sees) in nats at the tokens of `loss_mask`, 0 elsewhere.
 
@@ -34,8 +44,10 @@ def token_log_probs(
       chunk: tokens per application of the head and group.
       groups: parts of the rows that are gathered apart; the number of shards of the batch, so that nothing moves
         between devices.
+      hidden: the model's `hidden_states` on the batch, where they are known already.
+      temperature: of the softmax, for responses that were sampled with it.
     """
-    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], batch["sequence_ids"])
+    hidden = hidden_states(model, batch) if hidden is None else hidden
     rows, length, width = hidden.shape
     size = rows // groups * length
     row_start = (jnp.arange(rows) % (rows // groups) * length)[:, None]
@@ -57,7 +69,7 @@ def token_log_probs(
     states = flat(hidden)
 
     def score(source: Int[Array, "g c"], target: Int[Array, "g c"]) -> Float[Array, "g c"]:
-        logits = model.project(jnp.take_along_axis(states, source[..., None], axis=1))
+        logits = model.project(jnp.take_along_axis(states, source[..., None], axis=1)) / temperature
         at_target = jnp.arange(logits.shape[-1]) == target[..., None]
         return jnp.sum(jnp.where(at_target, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
 
@@ -70,6 +82,34 @@ def token_log_probs(
     _, out = jax.lax.scan(jax.checkpoint(body), None, (sources, targets, wanted))
     out = out.swapaxes(0, 1).reshape(groups, -1)[:, :size]
     return jnp.take_along_axis(out, jnp.argsort(order, axis=1), axis=1).reshape(rows, length)
+
+
+def token_scores(
+    model: Any, batch: Mapping[str, Array], hidden: Float[Array, "rows length width"] | None = None
+) -> Float[Array, "rows length"]:
+    """Scores of a model with a score head: of each token, read where the token has been seen."""
+    return model.scores(hidden_states(model, batch) if hidden is None else hidden)
+
+
+def token_values(scores: Float[Array, "rows length"], sequence_ids: Int[Array, "rows length"]) -> Array:
+    """Values of the states that tokens are chosen in: the scores where each token's predecessor has been seen."""
+    return jnp.take_along_axis(scores, predecessors(sequence_ids), axis=1)
+
+
+def sequence_ends(
+    values: Float[Array, "rows length"],
+    loss_mask: Bool[Array, "rows length"],
+    sequence_ids: Int[Array, "rows length"],
+    sequences: int,
+) -> Float[Array, "rows sequences"]:
+    """The value at each sequence's last scored token; 0 for a sequence that is not there."""
+    index = jnp.arange(values.shape[1])
+
+    def one_row(row: Array, mask: Array, ids: Array) -> Array:
+        last = jax.ops.segment_max(jnp.where(mask, index, -1), ids, num_segments=sequences + 1)[1:]
+        return jnp.where(last >= 0, row[jnp.maximum(last, 0)], 0)
+
+    return jax.vmap(one_row)(values, loss_mask, sequence_ids)
 
 
 def sequence_sums(

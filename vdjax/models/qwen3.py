@@ -4,6 +4,7 @@ from typing import Any
 
 FAMILY = "qwen3"
 ARCHITECTURE = "Qwen3ForCausalLM"
+SCORE_ARCHITECTURE = "Qwen3ForSequenceClassification"
 DEFAULT_MAX_POSITIONS = 32768
 
 # Fields that only a Qwen-3 config.json has, each with the one value that leaves the numbers as vdjax computes them.

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from vdjax.errors import UserError
 from vdjax.models.attention import apply_rope, attention, rope_tables
 from vdjax.models.config import ModelConfig
+from vdjax.models.lora import Lora
 from vdjax.sharding import constrain
 
 Params = dict[str, Any]
@@ -43,6 +44,13 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike, axes: tupl
     return nnx.Param((INIT_STDDEV * jax.random.normal(rngs.params(), shape)).astype(dtype), axes=axes)
 
 
+def _low_rank(rngs: nnx.Rngs, kernel: nnx.Param, rank: int) -> tuple[nnx.Param, nnx.Param]:
+    """A uniform in +-1/sqrt(inputs) and B zero, as peft makes them; float32 whatever the kernel's dtype is."""
+    (inputs, outputs), (input_axis, output_axis) = kernel.shape, kernel.get_metadata("axes")
+    a = jax.random.uniform(rngs.params(), (inputs, rank), minval=-1, maxval=1) * inputs**-0.5
+    return nnx.Param(a, axes=(input_axis, "rank")), nnx.Param(jnp.zeros((rank, outputs)), axes=("rank", output_axis))
+
+
 def _ones(size: int, dtype: DTypeLike) -> nnx.Param:
     return nnx.Param(jnp.ones(size, dtype), axes=("norm",))
 
@@ -50,8 +58,8 @@ def _ones(size: int, dtype: DTypeLike) -> nnx.Param:
 class Layer(nnx.Module):
     """One decoder layer: attention, then a gated MLP, each after an RMSNorm and added to the residual stream."""
 
-    def __init__(self, cfg: ModelConfig, query_chunk: int, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.cfg, self.query_chunk = cfg, query_chunk
+    def __init__(self, cfg: ModelConfig, query_chunk: int, dtype: DTypeLike, lora: Lora | None, rngs: nnx.Rngs):
+        self.cfg, self.query_chunk, self.lora = cfg, query_chunk, lora
         self.sum_parts = 1
         width, heads, kv_heads = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         self.attention_norm = _ones(width, dtype)
@@ -65,34 +73,54 @@ class Layer(nnx.Module):
         self.gate_proj = _normal(rngs, (width, cfg.intermediate_size), dtype, ("embed", "mlp"))
         self.up_proj = _normal(rngs, (width, cfg.intermediate_size), dtype, ("embed", "mlp"))
         self.down_proj = _normal(rngs, (cfg.intermediate_size, width), dtype, ("mlp", "embed"))
+        if lora:
+            for name in lora.targets:
+                a, b = _low_rank(rngs, getattr(self, name), lora.rank)
+                setattr(self, f"{name}_lora_a", a)
+                setattr(self, f"{name}_lora_b", b)
 
-    def __call__(
-        self, x: Float[Array, "batch length width"], cos: Array, sin: Array, ids: tuple[Array, Array]
-    ) -> Array:
+    def linear(self, x: Float[Array, "batch length inner"], name: str) -> Float[Array, "batch length outer"]:
+        """x times the kernel `name`, with its adapter where there is one."""
+        rows = x.reshape(-1, x.shape[-1])
+        out = product(rows, getattr(self, name)[...].astype(x.dtype), self.sum_parts)
+        if self.lora and name in self.lora.targets:
+            a, b = (getattr(self, f"{name}_lora_{side}")[...].astype(x.dtype) for side in "ab")
+            out += (rows @ a) @ b * (self.lora.alpha / self.lora.rank)
+        return out.reshape(*x.shape[:-1], -1)
+
+    def attention_inputs(
+        self, x: Float[Array, "batch length width"], cos: Array, sin: Array
+    ) -> tuple[Array, Array, Array]:
+        """Queries, keys and values [batch, length, heads, dim], normed and rotated."""
         cfg = self.cfg
 
-        def linear(x: Array, kernel: nnx.Param) -> Array:
-            rows = x.reshape(-1, x.shape[-1])
-            return product(rows, kernel[...].astype(x.dtype), self.sum_parts).reshape(*x.shape[:-1], -1)
-
-        def heads(x: Array, kernel: nnx.Param, axis: str) -> Array:
-            return constrain(linear(x, kernel).reshape(*x.shape[:2], -1, cfg.head_dim), ("batch", "length", axis, None))
+        def heads(name: str, axis: str) -> Array:
+            out = self.linear(normed, name).reshape(*x.shape[:2], -1, cfg.head_dim)
+            return constrain(out, ("batch", "length", axis, None))
 
         normed = rms_norm(x, self.attention_norm[...], cfg.rms_norm_eps)
-        q = heads(normed, self.q_proj, "heads_act")
-        k = heads(normed, self.k_proj, "kv_heads_act")
-        v = heads(normed, self.v_proj, "kv_heads_act")
+        q, k, v = heads("q_proj", "heads_act"), heads("k_proj", "kv_heads_act"), heads("v_proj", "kv_heads_act")
         if cfg.qk_norm:
             q = rms_norm(q, self.q_norm[...], cfg.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], cfg.rms_norm_eps)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        mixed = attention(q, k, v, *ids, query_chunk=self.query_chunk)
-        x = constrain(x + linear(mixed.reshape(*x.shape[:2], -1), self.o_proj), ("batch", "length", "embed_act"))
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
-        normed = rms_norm(x, self.mlp_norm[...], cfg.rms_norm_eps)
-        gated = jax.nn.silu(linear(normed, self.gate_proj)) * linear(normed, self.up_proj)
+    def after_attention(
+        self, x: Float[Array, "batch length width"], mixed: Float[Array, "batch length heads dim"]
+    ) -> Float[Array, "batch length width"]:
+        """The layer's output from its input and what its heads have mixed."""
+        mixed = self.linear(mixed.reshape(*x.shape[:2], -1), "o_proj")
+        x = constrain(x + mixed, ("batch", "length", "embed_act"))
+        normed = rms_norm(x, self.mlp_norm[...], self.cfg.rms_norm_eps)
+        gated = jax.nn.silu(self.linear(normed, "gate_proj")) * self.linear(normed, "up_proj")
         gated = constrain(gated, ("batch", "length", "mlp_act"))
-        return constrain(x + linear(gated, self.down_proj), ("batch", "length", "embed_act"))
+        return constrain(x + self.linear(gated, "down_proj"), ("batch", "length", "embed_act"))
+
+    def __call__(
+        self, x: Float[Array, "batch length width"], cos: Array, sin: Array, ids: tuple[Array, Array]
+    ) -> Float[Array, "batch length width"]:
+        q, k, v = self.attention_inputs(x, cos, sin)
+        return self.after_attention(x, attention(q, k, v, *ids, query_chunk=self.query_chunk))
 
 
 class Transformer(nnx.Module):
@@ -110,6 +138,8 @@ class Transformer(nnx.Module):
       remat: what a layer recomputes in the backward pass: nothing, all but matrix products ("dots"), all ("full").
       unroll: layers per iteration of the layer loop; True unrolls it whole.
       query_chunk: queries per attention block (`vdjax.models.attention.attention`).
+      lora: adapters of the layers' kernels, parameters NAME_lora_a and NAME_lora_b beside NAME; None: no adapters.
+      head: "vocab", or "score" for a reward or value model: a `score` [width] in place of `lm_head`.
     """
 
     def __init__(
@@ -122,6 +152,8 @@ class Transformer(nnx.Module):
         remat: Remat = "none",
         unroll: int | bool = 1,
         query_chunk: int = 0,
+        lora: Lora | None = None,
+        head: Literal["vocab", "score"] = "vocab",
     ):
         if remat not in ("none", "dots", "full"):
             raise UserError(f"remat is {remat!r}; valid: none, dots, full")
@@ -135,11 +167,13 @@ class Transformer(nnx.Module):
         @nnx.split_rngs(splits=cfg.num_layers)
         @nnx.vmap
         def make_layers(rngs: nnx.Rngs) -> Layer:
-            return Layer(cfg, query_chunk, param_dtype, rngs)
+            return Layer(cfg, query_chunk, param_dtype, lora, rngs)
 
         self.layers = make_layers(rngs)
         self.final_norm = _ones(cfg.hidden_size, param_dtype)
-        if not cfg.tie_embeddings:
+        if head == "score":
+            self.score = nnx.Param(jnp.zeros(cfg.hidden_size, param_dtype), axes=("norm",))
+        elif not cfg.tie_embeddings:
             self.lm_head = _normal(rngs, table, param_dtype, ("vocab", "embed"))
 
     def __call__(
@@ -174,6 +208,10 @@ class Transformer(nnx.Module):
             apply_layer = jax.checkpoint(apply_layer, policy=policy, prevent_cse=self.unroll is True)
         x, _ = jax.lax.scan(apply_layer, x, nnx.to_pure_dict(stacked), unroll=self.unroll)
         return rms_norm(x, self.final_norm[...], self.cfg.rms_norm_eps)
+
+    def scores(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch"]:
+        """Float32 scores (rewards or values) of hidden states, of a model with the head "score"."""
+        return hidden.astype(jnp.float32) @ self.score[...].astype(jnp.float32)
 
     def project(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """Float32 logits of hidden states: inputs in the compute dtype, sums in float32."""
@@ -244,9 +282,9 @@ def abstract(cfg: ModelConfig, **options: Any) -> tuple[nnx.GraphDef, Params]:
     return split(_abstract_model(cfg, **options))
 
 
-def param_axes(cfg: ModelConfig) -> Params:
+def param_axes(cfg: ModelConfig, **options: Any) -> Params:
     """Logical axis names of every parameter, in a tree like `params`; stacked ones begin with `layer`."""
-    _, state = nnx.split(_abstract_model(cfg))
+    _, state = nnx.split(_abstract_model(cfg, **options))
 
     def axes(path: tuple[Any, ...], variable: nnx.Variable) -> tuple[str, ...]:
         names = variable.get_metadata("axes")

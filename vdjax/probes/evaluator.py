@@ -14,10 +14,12 @@ from jaxtyping import Array, Float
 from vdjax import sharding
 from vdjax.data import packing
 from vdjax.errors import UserError
-from vdjax.models import hf
-from vdjax.models.functional import Model
+from vdjax.models import hf, lora
+from vdjax.models.functional import Model, trained_part
 from vdjax.models.log_probs import sequence_sums, token_log_probs
 from vdjax.probes.readouts import Item
+
+MOST_ADAPTERS = 16  # snapshots held at once over one base: their activations, not their adapters, fill the memory
 
 
 class Layout(NamedTuple):
@@ -50,23 +52,38 @@ def layout(items: Sequence[Item], rows: int) -> Layout:
     return Layout(batches, places, shape)
 
 
-def groups(snapshots: int, model: Model, memory_bytes: float) -> list[list[int]]:
+def own_params(model: Model) -> Any:
+    """What differs from snapshot to snapshot, shapes and dtypes: adapters where the model has some, else all."""
+    return trained_part(model, model.params)
+
+
+def groups(snapshots: int, model: Model, memory_bytes: float, copies: int = 1) -> list[list[int]]:
     """Snapshot indices of each group that is held at once; all groups have one size, the last repeats its last index.
+
+    Args:
+      memory_bytes: for the parameters on all devices: those of each snapshot, and once those that adapters share.
+      copies: of each parameter among the devices.
 
     Raises:
       UserError: not even one snapshot fits.
     """
-    one = sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(model.params))
-    fits = int(memory_bytes // one)
+    one = copies * size_in_bytes(own_params(model))
+    shared = copies * size_in_bytes(model.params) - one
+    fits = int((memory_bytes - shared) // one)
     if fits < 1:
+        beside = f" beside the {shared / 1e9:.2f} GB that all share" if model.lora else ""
         raise UserError(
-            f"probes.memory_gb: {memory_bytes / 1e9:.2f} GB hold no snapshot of {one / 1e9:.2f} GB; raise it, "
+            f"probes.memory_gb: {memory_bytes / 1e9:.2f} GB hold no snapshot of {one / 1e9:.2f} GB{beside}; raise it, "
             "or use more devices"
         )
-    count = -(-snapshots // fits)
+    count = -(-snapshots // (min(fits, MOST_ADAPTERS) if model.lora else fits))
     size = -(-snapshots // count)
     indices = [min(i, snapshots - 1) for i in range(count * size)]
     return [indices[i : i + size] for i in range(0, len(indices), size)]
+
+
+def size_in_bytes(params: Any) -> int:
+    return sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(params))
 
 
 def default_memory() -> float:
@@ -86,30 +103,32 @@ def evaluator_mesh(mesh: Mesh, group_size: int) -> Mesh:
 
 
 def stacked_shardings(model: Model, mesh: Mesh) -> Any:
-    """Shardings of parameters with a snapshot axis, which lies where `hf.snapshot_axes` says."""
+    """Shardings of `own_params` with a snapshot axis, which lies where `hf.snapshot_axes` says."""
 
     def one(leaf: Any, axes: tuple, at: int) -> NamedSharding:
         spec = list(sharding.partition_spec(axes, leaf.shape, mesh.shape))
         spec.insert(at, "snapshot" if mesh.shape["snapshot"] > 1 else None)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree.map(one, model.params, model.axes, hf.snapshot_axes(model.params))
+    params = own_params(model)
+    return jax.tree.map(one, params, trained_part(model, model.axes), hf.snapshot_axes(params))
 
 
-def make_scorer(model: Model, sequences: int, mesh: Mesh) -> Callable[[Any, dict[str, Array]], Array]:
-    """`score(stacked_params, batch)`: log-probs of every sequence under every snapshot, [snapshots, rows, sequences].
+def make_scorer(model: Model, sequences: int, mesh: Mesh) -> Callable[[Any, Any, dict[str, Array]], Array]:
+    """`score(stacked, base, batch)`: log-probs of every sequence under every snapshot, [snapshots, rows, sequences].
 
     The snapshot axis of layer-stacked parameters comes after the layer axis, where the layer loop needs it: vmapped
-    from the front, the loop would first copy all parameters to bring it there.
+    from the front, the loop would first copy all parameters to bring it there. `base` has no snapshot axis.
     """
     shards = sharding.batch_shards(mesh)
 
-    def one(params: Any, batch: dict[str, Array]) -> Float[Array, "rows sequences"]:
-        log_probs = token_log_probs(nnx.merge(model.graphdef, params), batch, chunk=model.head_chunk, groups=shards)
+    def one(params: Any, base: Any, batch: dict[str, Array]) -> Float[Array, "rows sequences"]:
+        module = nnx.merge(model.graphdef, lora.join(base, params))
+        log_probs = token_log_probs(module, batch, chunk=model.head_chunk, groups=shards)
         return sequence_sums(log_probs, batch["sequence_ids"], sequences)
 
-    axes = hf.snapshot_axes(model.params)
-    return jax.jit(jax.vmap(one, in_axes=(axes, None), spmd_axis_name="snapshot"))
+    axes = hf.snapshot_axes(own_params(model))
+    return jax.jit(jax.vmap(one, in_axes=(axes, None, None), spmd_axis_name="snapshot"))
 
 
 def evaluate(
@@ -118,6 +137,7 @@ def evaluate(
     items: Sequence[Item],
     mesh: Mesh,
     *,
+    base: Any = None,
     rows: int = 0,
     memory_bytes: float = 0,
     progress: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
@@ -125,7 +145,10 @@ def evaluate(
     """Scores all items under all snapshots.
 
     Args:
-      readers: one a snapshot (`snapshots.open_reader`, `hf.open_reader`).
+      model: one with adapters is scored over one base that all snapshots share, on `mesh` as it is; of another the
+        snapshots are spread over the devices.
+      readers: one a snapshot (`snapshots.open_reader`, `hf.open_reader`), of `own_params`.
+      base: where the model has adapters, the other parameters, laid out on `mesh`; they are used where they are.
       rows: rows a call; 0 takes four for each batch shard.
       memory_bytes: for the parameters held at once on all devices; 0 takes half of what there is.
 
@@ -133,8 +156,9 @@ def evaluate(
       sums: float32 [snapshots, items, answers], log-probs in nats; answers that an item lacks are 0.
       counts: int64 [items, answers], scored tokens.
     """
-    parts = groups(len(readers), model, memory_bytes or default_memory())
-    mesh = evaluator_mesh(mesh, len(parts[0]))
+    copies = mesh.shape["data"] if model.lora else 1
+    parts = groups(len(readers), model, memory_bytes or default_memory(), copies)
+    mesh = mesh if model.lora else evaluator_mesh(mesh, len(parts[0]))
     shards = sharding.batch_shards(mesh)
     plan = layout(items, -(-(rows or 4 * shards) // shards) * shards)
     most = max(len(item.answers) for item in items)
@@ -144,13 +168,13 @@ def evaluate(
     has = np.arange(most) < np.array([len(item.answers) for item in items])[:, None]
     with jax.set_mesh(mesh):
         score = make_scorer(model, plan.shape.sequences, mesh)
-        specs = stacked_shardings(model, mesh)
+        params_shape, specs = own_params(model), stacked_shardings(model, mesh)
         for part in parts:
-            params = hf.stack_place([readers[i] for i in part], model.params, specs)
+            params = hf.stack_place([readers[i] for i in part], params_shape, specs)
             out = []
             for batch in progress(plan.batches, len(plan.batches)):
                 arrays = {k: sharding.put_global(v, sharding.rows_sharding(mesh, 2)) for k, v in batch.items()}
-                out.append(sharding.fetch(score(params, arrays)))
+                out.append(sharding.fetch(score(params, base or {}, arrays)))
             found = np.stack(out, axis=1)[:, batch_of[:, None], row_of[:, None], columns]
             sums[part] = np.where(has, found, 0)
             del params
