@@ -12,12 +12,14 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from vdjax.data import packing
+from vdjax.data import packing, pipeline
 from vdjax.data.chat import Rendered
 from vdjax.data.pipeline import Dataset
 from vdjax.models import transformer
 from vdjax.models.config import from_hf
 from vdjax.models.functional import Model, make_model
+from vdjax.train.plan import StagePlan
+from vdjax.train.stage import Stage
 
 HERE = Path(__file__).parent
 VOCAB = 260  # of the byte-level tokenizer
@@ -123,9 +125,27 @@ def sft_examples(seed: int, count: int, longest: int = 30) -> list[Rendered]:
 
 
 def dataset(examples: Sequence[Rendered]) -> Dataset:
-    offsets = np.cumsum([0] + [len(e.tokens) for e in examples])
-    tokens, loss_mask, branches = (np.concatenate(part) for part in zip(*examples, strict=True))
-    return Dataset(tokens, loss_mask, branches, offsets, [f"example-{i}" for i in range(len(examples))], {}, "key")
+    return pipeline.of_rendered(examples, [f"example-{i}" for i in range(len(examples))], "key")
+
+
+def collect(grid: np.ndarray, source: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
+    """The inverse of `packing.place`: per-token values of each example out of a packed batch."""
+    out = [np.zeros(length, grid.dtype) for length in lengths]
+    for value, (example, token) in zip(grid.reshape(-1), source.reshape(-1, 2), strict=True):
+        if example >= 0:
+            out[example][token] = value
+    return out
+
+
+def stage(
+    made: Model, params: Any, config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path, plan: StagePlan
+) -> Stage:
+    """A stage that starts from `params`."""
+
+    def start() -> Any:
+        return jax.tree.map(lambda x: x, params)
+
+    return Stage("stage", config, plan, made, made, None, start, start, mesh, workdir, 0, 2, 1)
 
 
 def pack(examples: Sequence[Rendered], length: int, rows: int = 0) -> dict[str, np.ndarray]:

@@ -17,7 +17,9 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 from vdjax.errors import UserError, nearest
-from vdjax.objectives import OBJECTIVES
+from vdjax.models import lora
+from vdjax.objectives import OBJECTIVES, check_hyper
+from vdjax.objectives.policy_gradient import KL_ESTIMATORS, TOKEN_WEIGHTS
 
 
 def experiment() -> ConfigDict:
@@ -59,6 +61,9 @@ def experiment() -> ConfigDict:
     return c
 
 
+SAMPLES = {"rloo": 4, "grpo": 8, "dr_grpo": 8, "dapo": 8, "online_dpo": 2}
+
+
 def stage(objective: str, **fields: Any) -> ConfigDict:
     """One stage; `fields` override defaults by name, nested ones as a dict.
 
@@ -84,6 +89,22 @@ def stage(objective: str, **fields: Any) -> ConfigDict:
     c.data.assistant_turns = "all"  # which answers of an SFT conversation are scored: all or last
     c.data.truncation = "response_end"  # what goes when an example is too long: response_end or oldest_turns
 
+    c.rollout = ConfigDict()  # of objectives that learn from the policy's own responses to the data's prompts
+    c.rollout.samples = SAMPLES.get(objective, 1)  # responses a prompt
+    c.rollout.max_new_tokens = 128  # max_length is for the prompt with one response
+    c.rollout.temperature = 1.0
+    c.rollout.top_p = 1.0
+    c.rollout.top_k = 0
+    c.rollout.epochs = 1  # passes over a step's responses ...
+    c.rollout.minibatches = 1  # ... in so many updates each
+    c.rollout.rows = 0  # responses sampled at a time; 0: 32 for each batch shard
+
+    c.reward = ConfigDict()  # of those responses
+    c.reward.model = ""  # a reward_model stage, or the directory or hub id of a sequence-classification model
+    c.reward.revision = ""  # of a hub id
+    c.reward.function = ""  # or a Python function: module:function or FILE.py:function (vdjax.train.rewards)
+    c.reward.missing_eos_penalty = 0.0  # taken off the reward of a response that does not end by itself
+
     c.eval_examples = 0  # held out from the end of the data
     c.eval_every = 0  # steps; 0: only before the first and after the last
 
@@ -105,10 +126,15 @@ def stage(objective: str, **fields: Any) -> ConfigDict:
     c.optimizer.weight_decay = 0.0  # not of norms and biases
     c.optimizer.clip_norm = 1.0  # 0: no clipping
 
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # of the adapters (vdjax.models.lora); 0: all parameters are trained
+    c.lora.alpha = 16.0  # the adapters' product counts alpha / rank
+    c.lora.targets = lora.KERNELS  # kernels that have adapters
+
     c.snapshots = ConfigDict()
     c.snapshots.log_spaced = 6  # snapshots at log-spaced steps between the first and the last
     c.snapshots.every = 0  # and at every multiple of this; 0: none
-    c.snapshots.probe = True
+    c.snapshots.probe = OBJECTIVES[objective].kind != "reward"  # a reward model answers nothing
     _merge(c, fields, f"stage({objective!r})")
     return c
 
@@ -208,12 +234,19 @@ CHOICES = {
     "schedule": ("cosine", "linear", "constant"),
     "truncation": ("response_end", "oldest_turns"),
     "assistant_turns": ("all", "last"),
+    "kl_estimator": KL_ESTIMATORS,
+    "weights": TOKEN_WEIGHTS,
+    "ratio": ("token", "sequence"),
+    "advantage": ("gae", "leave_one_out", "group_scaled", "group"),
+    "value_model": ("separate", "shared"),
 }
 
 MINIMUM = {
     **dict.fromkeys(("resume_every", "log_every", "head_chunk", "batch_size", "epochs", "max_length"), 1),
     **dict.fromkeys(("eval_examples", "eval_every", "row_length", "microbatch_rows", "max_steps", "query_chunk"), 0),
     **dict.fromkeys(("log_spaced", "every", "max_examples", "skip_examples", "max_per_topic", "memory_gb", "rows"), 0),
+    **dict.fromkeys(("rank", "temperature", "top_k", "missing_eos_penalty"), 0),
+    **dict.fromkeys(("samples", "max_new_tokens", "minibatches"), 1),
     **dict.fromkeys(("learning_rate", "warmup", "final", "weight_decay", "clip_norm"), 0),
 }
 
@@ -237,6 +270,11 @@ def _check(config: ConfigDict, path: str) -> None:
             )
         if not part.data.path:
             raise UserError(f"{path}: config.{name}.data.path is empty; pass --config.{name}.data.path=FILE_OR_ID")
+        check_hyper(part.objective, part.hyper.to_dict())
+        if OBJECTIVES[part.objective].kind == "rollout":
+            _check_rollout(config, name, path)
+        if OBJECTIVES[part.objective].kind == "reward" and part.snapshots.probe:
+            raise UserError(f"{path}: config.{name}.snapshots.probe: a reward model answers no probe; set it to False")
     if not config.model.path and not config.model.name and not config.model.shape:
         raise UserError(f"{path}: no model; pass --config.model.path=DIR_OR_ID (or name, or shape)")
 
@@ -250,6 +288,29 @@ def _check(config: ConfigDict, path: str) -> None:
                 raise UserError(f"{path}: {where}.{name}={value!r}{nearest(value, CHOICES[name])}")
 
     walk(config, "config")
+
+
+def _check_rollout(config: ConfigDict, name: str, path: str) -> None:
+    part, where = config[name], f"{path}: config.{name}"
+    if bool(part.reward.model) == bool(part.reward.function):
+        raise UserError(f"{where}.reward: give either model (a stage, directory or hub id) or function")
+    rewards = [s for s in config.stages if OBJECTIVES[config[s].objective].kind == "reward"]
+    later = config.stages[config.stages.index(name) :]
+    if part.reward.model in config.stages and (part.reward.model not in rewards or part.reward.model in later):
+        raise UserError(f"{where}.reward.model={part.reward.model!r} is no earlier reward_model stage")
+    if part.init_from in rewards:
+        raise UserError(f"{where}.init_from={part.init_from!r} is a reward model, which cannot sample responses")
+    if part.objective in SAMPLES and part.rollout.samples < 2:
+        raise UserError(f"{where}.rollout.samples={part.rollout.samples}: {part.objective} compares at least 2 responses")
+    if part.rollout.max_new_tokens >= part.max_length:
+        raise UserError(
+            f"{where}: rollout.max_new_tokens={part.rollout.max_new_tokens} leaves no room for a prompt "
+            f"in max_length={part.max_length}"
+        )
+    inner = part.hyper.get("loss", "dpo")
+    if inner not in OBJECTIVES or OBJECTIVES[inner].kind != "preference" or OBJECTIVES[inner].batch_level:
+        good = [n for n, o in OBJECTIVES.items() if o.kind == "preference" and not o.batch_level]
+        raise UserError(f"{where}.hyper.loss={inner!r}{nearest(inner, good)}")
 
 
 def to_json(config: ConfigDict) -> str:

@@ -9,13 +9,13 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from vdjax import config as configs
-from vdjax import experiment, inspect, sharding
-from vdjax.data import pipeline
+from vdjax import experiment, inspect
 from vdjax.models.config import num_params
+from vdjax.objectives import OBJECTIVES
 from vdjax.probes import sets
-from vdjax.train import loop
-from vdjax.train.optimizer import make_optimizer
-from vdjax.train.step import TrainState, make_train_step
+from vdjax.train import loop, rollouts, supervised
+from vdjax.train.plan import data_batches
+from vdjax.train.stage import compile_step
 
 
 def show(config: ConfigDict) -> None:
@@ -33,28 +33,22 @@ def show(config: ConfigDict) -> None:
         print(f"  {len(items)} prompts, {sum(len(i.rendered.tokens) for i in items):,} tokens a snapshot")
         first = config.stages[0]
         planned = experiment.plan(config, first, made, Path(folder))
-        batch = pipeline.batches(planned.train, planned.steps, planned.shape, planned.microbatch_rows)[0]
+        batch = data_batches(planned)[0]
         print(f"\nfirst batch of {first} (first rows):")
         print(inspect.describe(batch, made.tokenizer, rows=2))
 
 
 def show_stage(config: ConfigDict, name: str, made: experiment.Setup, folder: Path) -> None:
-    stage = config[name]
     planned = experiment.plan(config, name, made, folder)
-    model, mesh = made.model, made.mesh
-    optimizer = make_optimizer(stage.optimizer, planned.total_steps)
-    layout = loop.state_shardings(optimizer, model, mesh)
-    state = jax.eval_shape(lambda p: TrainState(jax.numpy.int32(0), p, optimizer.init(p)), model.params)
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, layout)
-    batch = pipeline.batches(planned.train, planned.steps, planned.shape, planned.microbatch_rows)[0]
-    rows = sharding.rows_sharding(mesh, 3, row_axis=1)
-    arrays = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows) for k, v in batch.items() if k in loop.PACKED}
-    spec = loop.loss_spec(model, stage, planned.shape, mesh)
-    if loop.OBJECTIVES[stage.objective].needs_reference:
-        arrays["reference_log_probs"] = jax.ShapeDtypeStruct(arrays["tokens"].shape, "float32", sharding=rows)
-    step = jax.jit(make_train_step(spec, optimizer), donate_argnums=0, out_shardings=(layout, None))
-    memory = step.lower(state, arrays).compile().memory_analysis()
+    work = experiment.stage_of(config, name, planned, made, folder)
+    if OBJECTIVES[config[name].objective].kind == "rollout":
+        spec = rollouts.update_spec(work)
+    else:
+        spec = supervised.loss_spec(work.model, work.config, planned.shape, made.mesh)
+    update, state = loop.abstract_update(work)
+    memory = compile_step(work, spec, update, state).memory_analysis()
     temporaries = size(memory.temp_size_in_bytes) if memory else "unknown on this backend"
+    stage = config[name]
     seen = min(planned.total_steps * stage.batch_size, stage.epochs * len(planned.train))
     tokens, epochs = len(planned.train.tokens), seen / len(planned.train)
     print(f"\nstage {name}: {stage.objective}")
@@ -65,11 +59,15 @@ def show_stage(config: ConfigDict, name: str, made: experiment.Setup, folder: Pa
         f"  batches: up to {planned.shape.rows} rows of {planned.shape.length} tokens, "
         f"{planned.microbatch_rows} at a time"
     )
-    params = tree_bytes(state.params)
-    print(f"  bytes on all devices: parameters {size(params)}, optimizer {size(tree_bytes(state.opt_state))}")
+    params, frozen = tree_bytes(state.params), tree_bytes(update.frozen)
+    print(
+        f"  bytes on all devices: trained parameters {size(params)}, frozen ones {size(frozen)}, "
+        f"optimizer {size(tree_bytes(state.opt_state))}"
+    )
     print(f"  bytes a device for activations, gradients and other temporaries: {temporaries}")
     count = len(planned.snapshot_steps)
-    print(f"  {count} snapshots at steps {planned.snapshot_steps}: {size(count * params)} on disk")
+    kept = count * tree_bytes(loop.kept_in_snapshots(state.params))
+    print(f"  {count} snapshots at steps {planned.snapshot_steps}: {size(kept)} on disk")
 
 
 def tree_bytes(tree: object) -> int:

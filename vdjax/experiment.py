@@ -4,8 +4,11 @@ import importlib.metadata
 import json
 import os
 import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +21,14 @@ from vdjax.data import chat, pipeline, tokenizer
 from vdjax.drift import report
 from vdjax.errors import UserError
 from vdjax.models import config as model_config
-from vdjax.models import hf, transformer
-from vdjax.models.functional import Model, make_model, shardings
+from vdjax.models import hf, lora, transformer
+from vdjax.models.functional import Model, frozen_part, make_model, shardings
 from vdjax.objectives import OBJECTIVES
 from vdjax.probes import evaluator, readouts, sets
-from vdjax.train import loop
+from vdjax.train import loop, rewards, rollouts, supervised
 from vdjax.train.log import progress_over, say
+from vdjax.train.plan import StagePlan, plan_stage
+from vdjax.train.stage import Stage
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "tensorstore", "numpy", "scipy")
 
@@ -76,25 +81,92 @@ def setup(config: ConfigDict) -> Setup:
 def initial_params(config: ConfigDict, made: Setup) -> Any:
     """Pretrained parameters, or seeded ones, in their shardings."""
     layout = shardings(made.model, made.mesh)
-    if made.directory:
-        return hf.place(hf.open_reader(made.directory, made.model.cfg), made.model.params, layout)
+    if config.model.path:
+        directory = hf.resolve(config.model.path, config.model.revision or None)
+        return hf.place(hf.open_reader(directory, made.model.cfg), made.model.params, layout)
     dtype = jnp.dtype(config.model.param_dtype)
     return transformer.init_params(made.model.cfg, seed=config.seed, param_dtype=dtype, shardings=layout)
 
 
 def parent(config: ConfigDict, name: str) -> str:
-    """The stage that a stage starts from; empty for the model itself."""
-    at = config.stages.index(name)
-    return config[name].init_from or (config.stages[at - 1] if at else "")
+    """The stage that a stage starts from; empty for the model itself. A reward model is no start for what follows."""
+    if config[name].init_from:
+        return config[name].init_from
+    before = config.stages[: config.stages.index(name)]
+    return next((s for s in reversed(before) if OBJECTIVES[config[s].objective].kind != "reward"), "")
 
 
-def plan(config: ConfigDict, name: str, made: Setup, workdir: Path) -> loop.StagePlan:
+def stage_model(config: ConfigDict, name: str, made: Setup) -> Model:
+    """The model of a stage: with its adapters, and with a score head where it is a reward model."""
+    adapters = lora.from_config(config[name].lora, f"config.{name}.lora")
+    return make_model(made.model.cfg, config.model, lora=adapters, head=stage_head(config, name))
+
+
+def stage_head(config: ConfigDict, name: str) -> Literal["vocab", "score"]:
+    return "score" if OBJECTIVES[config[name].objective].kind == "reward" else "vocab"
+
+
+def start_params(config: ConfigDict, name: str, made: Setup, workdir: Path) -> Any:
+    """What a stage starts from: the model's parameters, or those of its parent's last snapshot."""
+    source = parent(config, name)
+    if not source:
+        return initial_params(config, made)
+    return snapshot_params(config, source, done(workdir, source)["total_steps"], made, workdir)
+
+
+def snapshot_params(config: ConfigDict, name: str, step: int, made: Setup, workdir: Path) -> Any:
+    """All parameters of a snapshot, in their shardings, adapters merged into what they were trained beside."""
+    model = stage_model(config, name, made)
+    reader, layout = snapshots.open_reader(workdir / name / "snapshots" / str(step)), shardings(model, made.mesh)
+    if not model.lora:
+        return hf.place(reader, model.params, layout)
+    adapters = hf.place(reader, lora.adapters_of(model.params), lora.adapters_of(layout))
+    merged = partial(lora.merge, lora=model.lora)
+    base = frozen_part(model, start_params(config, name, made, workdir))
+    return jax.jit(merged)(lora.join(base, adapters))
+
+
+class Opened(NamedTuple):
+    """A snapshot ready to be used."""
+
+    config: ConfigDict
+    stage: str
+    made: Setup
+    model: Model  # without adapters: they are merged
+    params: Any
+
+
+def open_snapshot(snapshot: Path, mesh: Mapping[str, int] = MappingProxyType({"fsdp": -1})) -> Opened:
+    """Model, tokenizer, template and parameters of WORKDIR/STAGE/snapshots/STEP.
+
+    Raises:
+      UserError: not a snapshot of a vdjax workdir.
+    """
+    snapshot = snapshot.resolve()
+    workdir, name = snapshot.parents[2], snapshot.parents[1].name
+    if snapshot.parent.name != "snapshots" or not (workdir / "config.json").exists():
+        raise UserError(f"{snapshot}: expected WORKDIR/STAGE/snapshots/STEP")
+    snapshots.open_reader(snapshot)
+    config = ConfigDict(json.loads((workdir / "config.json").read_text())["config"])
+    config.mesh = ConfigDict(dict(mesh))
+    # The workdir's own copy of tokenizer and template: the base model is needed only where adapters lie beside it.
+    own = config.copy_and_resolve_references()
+    own.model.path, own.tokenizer.path, own.tokenizer.chat_template = str(workdir / "model"), "", "auto"
+    made = setup(own)
+    with jax.set_mesh(made.mesh):
+        params = snapshot_params(config, name, int(snapshot.name), made, workdir)
+    merged = make_model(made.model.cfg, config.model, head=stage_head(config, name))
+    return Opened(config, name, made, merged, params)
+
+
+def plan(config: ConfigDict, name: str, made: Setup, workdir: Path) -> StagePlan:
     """Renders (or finds rendered) a stage's data and lays out its steps."""
     stage = config[name]
-    kind = OBJECTIVES[stage.objective].kind
+    kind = {"reward": "preference", "rollout": "prompt"}.get(OBJECTIVES[stage.objective].kind)
+    kind = kind or OBJECTIVES[stage.objective].kind
     data = pipeline.build(stage, kind, made.tokenizer, made.template, workdir / "data", seed=config.seed)
     # One seed for all stages: those that differ in the objective alone meet the same examples in the same order.
-    return loop.plan_stage(stage, data, sharding.batch_shards(made.mesh), config.seed, f"config.{name}")
+    return plan_stage(stage, data, sharding.batch_shards(made.mesh), config.seed, f"config.{name}")
 
 
 def run(config: ConfigDict, workdir: Path, command: str) -> None:
@@ -128,28 +200,84 @@ def render_probes(config: ConfigDict, made: Setup, probes: list[sets.Probe]) -> 
     return readouts.items(probes, config.probes.readouts, made.tokenizer, made.template, config.probes.max_length)
 
 
-def train(config: ConfigDict, name: str, planned: loop.StagePlan, made: Setup, workdir: Path) -> None:
+def train(config: ConfigDict, name: str, planned: StagePlan, made: Setup, workdir: Path) -> None:
     if (workdir / name / "done.json").exists():
         return say(f"{name}: trained already")
     say(f"{name} data: {data_line(planned.train.counts)}")
-    source = parent(config, name)
+    stage, wanted = stage_of(config, name, planned, made, workdir), config[name].reward
+    if OBJECTIVES[config[name].objective].kind != "rollout":
+        return loop.train_stage(stage, supervised.prepare)
+    if wanted.function:
+        reward = rewards.from_function(wanted.function)
+    else:
+        reward = reward_of(reward_model(config, name, made, workdir), made, config[name])
+    loop.train_stage(stage, lambda s: rollouts.prepare(s, reward, made.tokenizer, made.template.stop_ids))
 
-    def initial() -> Any:
-        if not source:
-            return initial_params(config, made)
-        reader = snapshots.open_reader(workdir / source / "snapshots" / str(done(workdir, source)["total_steps"]))
-        return hf.place(reader, made.model.params, shardings(made.model, made.mesh))
 
-    loop.train_stage(
+def stage_of(config: ConfigDict, name: str, planned: StagePlan, made: Setup, workdir: Path) -> Stage:
+    """What a stage works with; nothing is loaded yet. Values start from the reward model where its shape agrees."""
+    start: Callable[[], Any] = partial(start_params, config, name, made, workdir)
+    values, start_values = None, start
+    if config[name].hyper.get("advantage") == "gae":
+        adapters = lora.from_config(config[name].lora, f"config.{name}.lora")
+        values = make_model(made.model.cfg, config.model, lora=adapters, head="score")
+        judge = reward_model(config, name, made, workdir) if config[name].reward.model else None
+        start_values = judge.params if judge and judge.model.cfg == made.model.cfg else start
+    return Stage(
         name,
         config[name],
         planned,
+        stage_model(config, name, made),
         made.model,
-        initial,
+        values,
+        start,
+        start_values,
         made.mesh,
         workdir,
-        resume_every=config.resume_every,
-        log_every=config.log_every,
+        config.seed,
+        config.resume_every,
+        config.log_every,
+    )
+
+
+class Judge(NamedTuple):
+    """A reward model, with the tokenizer and template that it reads texts with."""
+
+    model: Model
+    params: Callable[[], Any]
+    tokenizer: Any
+    template: chat.Template
+
+
+def reward_model(config: ConfigDict, name: str, made: Setup, workdir: Path) -> Judge:
+    """The reward model of a stage: an earlier stage, or a sequence-classification directory.
+
+    Raises:
+      UserError: a model that cannot be read, or is no reward model.
+    """
+    wanted = config[name].reward
+    if wanted.model in config.stages:
+        last = partial(done, workdir, wanted.model)
+        model = make_model(made.model.cfg, config.model, head="score")
+        load = lambda: snapshot_params(config, wanted.model, last()["total_steps"], made, workdir)  # noqa: E731
+        return Judge(model, load, made.tokenizer, made.template)
+    directory = hf.resolve(wanted.model, wanted.revision or None)
+    where = str(directory / "config.json")
+    cfg = model_config.from_hf(hf.read_config(directory), where=where, head="score")
+    model = make_model(cfg, config.model, head="score")
+    tok = tokenizer.load(directory)
+    reader = hf.open_reader(directory, cfg, head="score")
+    load = lambda: hf.place(reader, model.params, shardings(model, made.mesh))  # noqa: E731
+    return Judge(model, load, tok, chat.pick_template(tok))
+
+
+def reward_of(judge: Judge, made: Setup, stage: ConfigDict) -> rewards.Reward:
+    """Rewards by a model: on the policy's own tokens where it has the same tokenizer and template, else on the text."""
+    same = judge.tokenizer.backend_tokenizer.to_str() == made.tokenizer.backend_tokenizer.to_str()
+    if same and judge.template.text == made.template.text:
+        return rewards.from_model(judge.model, judge.params(), made.mesh)
+    return rewards.from_text(
+        judge.model, judge.params(), made.mesh, judge.tokenizer, judge.template, 2 * stage.max_length
     )
 
 
@@ -182,7 +310,9 @@ def probe_stage(
         say(f"{name}: the probes, readouts or chat template changed; asking again")
     steps = snapshots.kept(workdir / name / "snapshots")
     readers = [snapshots.open_reader(workdir / name / "snapshots" / str(step)) for step in steps]
-    raw = ask(config, made, probes, prompts, readers, steps, name)
+    model = stage_model(config, name, made)
+    base = frozen_part(model, start_params(config, name, made, workdir)) if model.lora else None
+    raw = ask(config, made._replace(model=model), probes, prompts, readers, steps, name, base)
     if jax.process_index() == 0:
         file.parent.mkdir(exist_ok=True)
         raw.to_parquet(file.with_suffix(".part"), index=False)
@@ -197,14 +327,16 @@ def ask(
     readers: list[hf.Reader],
     steps: list[int],
     stage: str,
+    base: Any = None,
 ) -> pd.DataFrame:
-    """Every answer's log-prob under every snapshot, one row each."""
+    """Every answer's log-prob under every snapshot, one row each; `base` is what snapshots of adapters lie beside."""
     say(f"{stage}: {len(probes)} probes, {len(prompts)} prompts, {len(readers)} snapshots")
     sums, counts = evaluator.evaluate(
         made.model,
         readers,
         prompts,
         made.mesh,
+        base=base,
         rows=config.probes.rows,
         memory_bytes=config.probes.memory_gb * 1e9,
         progress=lambda batches, total: progress_over(batches, total, f"{stage} probes"),

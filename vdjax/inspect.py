@@ -55,8 +55,8 @@ def main() -> None:
 
     from vdjax import config as configs
     from vdjax import experiment
-    from vdjax.data import pipeline
     from vdjax.runtime import start
+    from vdjax.train.plan import data_batches
 
     config = configs.load(flags.config, overrides)
     start()
@@ -64,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vdjax-") as folder:
         for name in config.stages:
             plan = experiment.plan(config, name, made, Path(folder))
-            batches = pipeline.batches(plan.train, plan.steps, plan.shape, plan.microbatch_rows)
+            batches = data_batches(plan)
             for step in range(min(flags.batches, plan.total_steps)):
                 print(
                     f"\n{name}, batch {step + 1} of {plan.total_steps}, examples "

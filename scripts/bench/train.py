@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vdjax import config as configs
@@ -25,10 +24,11 @@ from vdjax.data.chat import Rendered
 from vdjax.models import config as model_config
 from vdjax.models import hf
 from vdjax.models.functional import make_model, shardings
-from vdjax.train import loop
+from vdjax.train import supervised
 from vdjax.train.flops import peak_flops
 from vdjax.train.optimizer import make_optimizer
-from vdjax.train.step import TrainState, make_train_step
+from vdjax.train.stage import device_batch, fresh_state
+from vdjax.train.step import make_score_step, make_train_step
 
 
 def dataset(rows: list[dict], objective: str) -> pipeline.Dataset:
@@ -40,9 +40,7 @@ def dataset(rows: list[dict], objective: str) -> pipeline.Dataset:
         mask[0] = False
         branches = branches if objective != "sft" else np.ones_like(branches)
         examples.append(Rendered(np.concatenate(parts).astype(np.int32), mask, branches))
-    offsets = np.cumsum([0] + [len(e.tokens) for e in examples])
-    arrays = (np.concatenate(x) for x in zip(*examples, strict=True))
-    return pipeline.Dataset(*arrays, offsets, [str(r["row"]) for r in rows], {}, "bench")
+    return pipeline.of_rendered(examples)
 
 
 def sequences(rows: list[dict], batch: int, objective: str) -> list[list[int]]:
@@ -80,22 +78,22 @@ def main() -> None:
     steps = pipeline.in_order(len(data), flags.batch)
     shape = pipeline.plan(data, steps, row_length=0, row_multiple=1)
     optimizer = make_optimizer(stage.optimizer, flags.steps + flags.warmup)
-    spec = loop.loss_spec(model, stage, shape, mesh)
+    spec = supervised.loss_spec(model, stage, shape, mesh)
     peak = peak_flops()
     with jax.set_mesh(mesh):
-        reference, reference_seconds = None, 0.0
+        beside, reference_seconds = {}, 0.0
         if flags.objective == "dpo":
-            reference, reference_seconds = reference_pass(model, params, stage, data, mesh)
-        batches = pipeline.batches(data, steps, shape, 1, reference)
-        state = TrainState(jnp.int32(0), params, optimizer.init(params))
-        first = loop.device_batch(batches[0], mesh)
+            beside["reference_log_probs"], reference_seconds = reference_pass(model, params, stage, data, mesh)
+        batches = pipeline.batches(data, steps, shape, 1, beside)
+        state = fresh_state(params, optimizer, {})
+        first = device_batch(batches[0], mesh)
         start = time.perf_counter()
-        step = jax.jit(make_train_step(spec, optimizer), donate_argnums=0).lower(state, first).compile()
+        step = jax.jit(make_train_step(spec, optimizer), donate_argnums=0).lower(state, {}, first).compile()
         compile_seconds = time.perf_counter() - start
         seconds, logs = [], []
         for i in range(len(steps)):
             start = time.perf_counter()
-            state, metrics = step(state, loop.device_batch(batches[i], mesh))
+            state, metrics = step(state, {}, device_batch(batches[i], mesh))
             logs.append({k: float(v) for k, v in metrics.items()})
             seconds.append(time.perf_counter() - start)
     wall, timed = sum(seconds[flags.warmup :]), rows[flags.warmup * flags.batch :]
@@ -130,22 +128,17 @@ def main() -> None:
 
 def reference_pass(model, params, stage, data, mesh):
     """Reference log-probs of all rows, and the seconds they took without compilation."""
-    compiled: dict = {}
+    steps = pipeline.in_order(len(data), stage.batch_size)
+    shape = pipeline.plan(data, steps, row_length=0, row_multiple=1)
+    step = jax.jit(make_score_step(supervised.loss_spec(model, stage, shape, mesh)))
+    batches = pipeline.batches(data, steps, shape, 1)
 
-    def score(shape):
-        step = jax.jit(loop.make_score_step(loop.loss_spec(model, stage, shape, mesh)))
-        compiled["run"] = lambda batch: sharding.fetch(step(params, loop.device_batch(batch, mesh)))
-        return compiled["run"]
+    def run(batch):
+        return sharding.fetch(step(params, device_batch(batch, mesh)))
 
-    def timed(batches, total):
-        for number, batch in enumerate(batches):
-            if number == 0:  # compiles
-                compiled["run"]({k: v for k, v in batch.items() if k not in ("source", "indices")})
-                compiled["start"] = time.perf_counter()
-            yield batch
-
-    values = pipeline.reference_log_probs(data, stage.batch_size, 1, score, timed)
-    return values, time.perf_counter() - compiled["start"]
+    run(batches[0])  # compiles
+    start = time.perf_counter()
+    return pipeline.score(data, batches, run), time.perf_counter() - start
 
 
 if __name__ == "__main__":

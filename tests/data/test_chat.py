@@ -383,7 +383,7 @@ def test_render_dispatches_by_kind() -> None:
     assert document is not None and scored(document) == "oc<|endoftext|>" and counts == Counts()
     with pytest.raises(UserError, match="did you mean 'preference'"):
         chat.render(example, "preferences", BYTES, CHATML, max_length=LONG, counts=counts)
-    with pytest.raises(UserError, match="f:3: a preference needs chosen and rejected, found 1"):
+    with pytest.raises(UserError, match="f:3: expected two responses, found 1"):
         chat.render(example._replace(responses=("a",)), "preference", BYTES, CHATML, max_length=LONG, counts=counts)
 
 

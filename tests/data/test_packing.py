@@ -3,6 +3,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,11 +64,11 @@ def test_pack_place_collect_round_trip(items: list[Rendered], length: int) -> No
     sizes = [len(e.tokens) for e in items]
     values = [np.random.default_rng(i).normal(size=n).astype(np.float32) for i, n in enumerate(sizes)]
     grid = packing.place(values, batch["source"])
-    for got, want in zip(packing.collect(grid, batch["source"], sizes), values, strict=True):
+    for got, want in zip(tiny.collect(grid, batch["source"], sizes), values, strict=True):
         np.testing.assert_array_equal(got, want)
     assert (grid[batch["segment_ids"] == 0] == 0).all()
     for name, field in (("tokens", "tokens"), ("loss_mask", "loss_mask")):
-        for got, item in zip(packing.collect(batch[name], batch["source"], sizes), items, strict=True):
+        for got, item in zip(tiny.collect(batch[name], batch["source"], sizes), items, strict=True):
             np.testing.assert_array_equal(got, getattr(item, field))
     assert int((batch["segment_ids"] > 0).sum()) == sum(sizes) == int((batch["source"][..., 0] >= 0).sum())
     assert not batch["loss_mask"][batch["segment_ids"] == 0].any()

@@ -11,7 +11,6 @@ import tiny
 
 from vdjax import config as configs
 from vdjax.data import chat, packing, pipeline, tokenizer
-from vdjax.data.packing import Shape
 from vdjax.errors import UserError
 
 
@@ -68,13 +67,13 @@ def test_the_planned_shape_fits_every_batch(row_length: int) -> None:
     assert shape.rows % 3 == 0 and shape.length == (row_length or shape.length)
     reference = np.arange(len(data.tokens), dtype=np.float32)
     rows_needed = 0
-    for batch in pipeline.batches(data, steps, shape, 3, reference):
+    for batch in pipeline.batches(data, steps, shape, 3, {"beside": reference}):
         assert batch["tokens"].shape == (shape.rows // 3, 3, shape.length)
         flat = {k: v.reshape(shape.rows, *v.shape[2:]) for k, v in batch.items() if k != "indices"}
         rows_needed = max(rows_needed, int((flat["segment_ids"] > 0).any(axis=1).sum()))
         ends = [int(data.offsets[i + 1] - data.offsets[i]) for i in batch["indices"]]
-        for name, per_token in (("tokens", data.tokens), ("reference_log_probs", reference)):
-            for i, got in zip(batch["indices"], packing.collect(flat[name], flat["source"], ends), strict=True):
+        for name, per_token in (("tokens", data.tokens), ("beside", reference)):
+            for i, got in zip(batch["indices"], tiny.collect(flat[name], flat["source"], ends), strict=True):
                 np.testing.assert_array_equal(got, per_token[data.offsets[i] : data.offsets[i + 1]])
     assert shape.rows - 3 < rows_needed <= shape.rows  # no more rows than needed
 
@@ -87,19 +86,16 @@ def test_a_row_that_is_too_short_is_refused_with_the_example() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])
-def test_reference_log_probs_come_back_to_their_tokens(batch_size: int) -> None:
+def test_scores_come_back_to_their_tokens(batch_size: int) -> None:
     """A pass that returns a number for each token, whatever the layout."""
     data = tiny.dataset(tiny.preference_examples(3, 7))
 
-    def score(shape: Shape) -> Any:
-        def run(batch: dict[str, np.ndarray]) -> np.ndarray:
-            assert set(batch) == {"tokens", "positions", "segment_ids", "loss_mask", "sequence_ids"}
-            assert batch["tokens"].shape[1:] == (2, shape.length)
-            return np.where(batch["loss_mask"], batch["tokens"] * 100.0 + batch["positions"], 0).astype(np.float32)
+    def run(batch: dict[str, np.ndarray]) -> np.ndarray:
+        return np.where(batch["loss_mask"], batch["tokens"] * 100.0 + batch["positions"], 0).astype(np.float32)
 
-        return run
-
-    found = pipeline.reference_log_probs(data, batch_size, 2, score, lambda batches, total: batches)
+    steps = pipeline.in_order(7, batch_size)
+    shape = pipeline.plan(data, steps, row_length=0, row_multiple=2)
+    found = pipeline.score(data, pipeline.batches(data, steps, shape, 2), run)
     positions = np.concatenate([packing.positions_of(pipeline.example(data, i).branches) for i in range(7)])
     np.testing.assert_array_equal(found, np.where(data.loss_mask, data.tokens * 100.0 + positions, 0))
 

@@ -190,7 +190,7 @@ def test_messages(write: Write) -> None:
     ],
 )
 def test_prompt_and_completion_in_any_form(write: Write, prompt: Any, completion: Any, expected: Any) -> None:
-    assert one(write, {"prompt": prompt, "completion": completion}, "sft")[1:] == (expected[0], (expected[1],))
+    assert one(write, {"prompt": prompt, "completion": completion}, "sft")[1:] == (expected[0], (expected[1],), 0.0)
     other = completion + "!" if isinstance(completion, str) else [*completion[:-1], assistant("other")]
     example = one(write, {"prompt": prompt, "chosen": other, "rejected": completion}, "preference")
     assert example.prompt == expected[0] and example.responses[1] == expected[1]
@@ -240,7 +240,7 @@ def test_wrong_specs(write: Write) -> None:
         ({"kind": "stf"}, "did you mean 'sft'"),
         ({"sorce": "auto"}, "did you mean 'source'"),
         ({"source": "wild-chat"}, "did you mean 'wildchat'"),
-        ({"kind": "preference", "source": "alpaca"}, "gives sft examples, but the stage needs 'preference'"),
+        ({"kind": "preference", "source": "alpaca"}, "gives sft, prompt examples, but the stage needs 'preference'"),
         ({"max_examples": -1}, "max_examples=-1"),
         ({"skip_examples": 1.5}, "skip_examples=1.5"),
         ({"topic": "taxes"}, "topic is for source 'persona', but .* 'prompt-completion'"),
@@ -316,6 +316,8 @@ keys = (
     "input",
     "output",
     "text",
+    "label",
+    "margin",
 )
 GOOD: dict[str, dict[str, Any]] = {
     "sft": {
@@ -329,13 +331,16 @@ GOOD: dict[str, dict[str, Any]] = {
         "rejected": hh("a", "c"),
     },
     "preference": {"prompt": "a", "chosen": hh("a", "b"), "rejected": hh("a", "c")},
+    "unpaired": {"prompt": "a", "completion": "b", "label": False, "chosen": hh("a", "b"), "rejected": hh("a", "c")},
     "text": {"text": "a"},
 }
 
 
 @given(
     st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(keys, anything | transcript)), max_size=6),
-    st.sampled_from([(kind, name) for name, s in sources.SOURCES.items() if name != "persona" for kind in s.kinds]),
+    st.sampled_from(
+        [(kind, name) for name, s in sources.SOURCES.items() if name != "persona" for kind in sources.kinds_of(s)]
+    ),
     st.integers(0, 2),
 )
 @settings(max_examples=150, deadline=None)
@@ -344,12 +349,40 @@ def test_every_row_is_used_dropped_or_skipped(rows: list[dict[str, Any]], which:
     counts = Counts()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "rows.jsonl")
-        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *[GOOD[kind]] * 3]))
+        good = GOOD["sft" if kind == "prompt" else kind]
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *[good] * 3]))
         spec = {"path": str(path), "kind": kind, "source": source, "skip_examples": skip}
         examples = list(sources.load(spec, counts=counts))
-    assert counts.rows == len(rows) + 3 == len(examples) + counts.dropped.total() + counts.noted["skipped_by_config"]
-    assert examples[-1].id == f"rows.jsonl:{len(rows) + 2}"
+    from_pairs = kind == "unpaired" and source != "prompt-completion-label"
+    used = len(examples) / (2 if from_pairs else 1)
+    assert counts.rows == len(rows) + 3 == used + counts.dropped.total() + counts.noted["skipped_by_config"]
+    assert examples[-1].id == f"rows.jsonl:{len(rows) + 2}" + ":rejected" * from_pairs
     for example in examples:
-        assert len(example.responses) == (2 if kind == "preference" else 1)
+        assert len(example.responses) == {"preference": 2, "prompt": 0}.get(kind, 1)
         assert all(response.strip() for response in example.responses)
         assert isinstance(example.prompt, str) or example.prompt[-1]["role"] == "user"
+
+
+def test_pairs_as_unpaired_examples_prompts_and_margins(write: Write) -> None:
+    first = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.5}
+    path = write([first, {"prompt": "d", "chosen": "e", "rejected": "f"}])
+    assert [tuple(e) for e in load(path, "unpaired")[0]] == [
+        (f"rows.jsonl:{row}:{which}", prompt, (response,), label)
+        for row, prompt, which, response, label in (
+            (0, "a", "chosen", "b", 1.0),
+            (0, "a", "rejected", "c", 0.0),
+            (1, "d", "chosen", "e", 1.0),
+            (1, "d", "rejected", "f", 0.0),
+        )
+    ]
+    assert [tuple(e)[1:] for e in load(path, "prompt")[0]] == [("a", (), 0.0), ("d", (), 0.0)]
+    assert [e.label for e in load(path, "preference")[0]] == [1.5, 0.0]
+    bare = write([{"prompt": "only this"}, {"prompt": [user("a"), assistant("b"), user("c")]}])
+    assert [e.prompt for e in load(bare, "prompt")[0]] == ["only this", (user("a"), assistant("b"), user("c"))]
+
+
+def test_unpaired_labels(write: Write) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False, 1, 0, "yes", None, 0.5)]
+    examples, counts = load(write(rows), "unpaired")
+    assert [e.label for e in examples] == [1, 0, 1, 0]
+    assert dict(counts.dropped) == {"wrong_type": 2, "missing_field": 1}

@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tiny
 
@@ -18,9 +17,10 @@ from vdjax.data.packing import Shape
 from vdjax.models.functional import Model, shardings
 from vdjax.probes import evaluator
 from vdjax.probes.readouts import Item
-from vdjax.train import loop
+from vdjax.train import supervised
 from vdjax.train.optimizer import make_optimizer
-from vdjax.train.step import TrainState, make_train_step
+from vdjax.train.stage import device_batch, fresh_state, state_shardings
+from vdjax.train.step import make_train_step
 
 LAYOUTS: list[dict[str, Any]] = [
     {"data": 8},
@@ -39,21 +39,22 @@ def train(made: Model, start: Any, mesh: jax.sharding.Mesh, microbatch_rows: int
     stage = configs.stage("dpo", optimizer={"learning_rate": 1e-3})
     steps = pipeline.order(len(DATA), 8, 4, seed=0)
     shape = Shape(8, 40, 16)
-    batches = pipeline.batches(DATA, steps, shape, microbatch_rows, REFERENCE)
+    batches = pipeline.batches(DATA, steps, shape, microbatch_rows, {"reference_log_probs": REFERENCE})
     optimizer = make_optimizer(stage.optimizer, STEPS)
-    layout = loop.state_shardings(optimizer, made, mesh)
+    layout = state_shardings(optimizer, made.params, shardings(made, mesh), mesh)
     with jax.set_mesh(mesh):
         params = jax.tree.map(lambda x, s: sharding.put_global(np.asarray(x), s), start, shardings(made, mesh))
         fingerprint = snapshots.fingerprint(params)
-        state = jax.jit(lambda p: TrainState(jnp.int32(0), p, optimizer.init(p)), out_shardings=layout)(params)
-        step = make_train_step(loop.loss_spec(made, stage, shape, mesh), optimizer)
+        state = jax.jit(lambda p: fresh_state(p, optimizer, {}), out_shardings=layout)(params)
+        step = make_train_step(supervised.loss_spec(made, stage, shape, mesh), optimizer)
         compiled = None
         losses = []
         for i in range(STEPS):
-            batch = loop.device_batch(batches[i], mesh)
+            batch = device_batch(batches[i], mesh)
             if compiled is None:
-                compiled = jax.jit(step, donate_argnums=0, out_shardings=(layout, None)).lower(state, batch).compile()
-            state, metrics = compiled(state, batch)
+                jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+                compiled = jitted.lower(state, {}, batch).compile()
+            state, metrics = compiled(state, {}, batch)
             losses.append(float(metrics["loss"]))
     kernel = state.params["layers"]["gate_proj"]
     moments = state.opt_state[1][0].mu["layers"]["gate_proj"]

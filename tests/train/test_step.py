@@ -17,8 +17,11 @@ from vdjax.data import pipeline
 from vdjax.data.packing import Shape
 from vdjax.data.pipeline import Dataset
 from vdjax.models.functional import Model
-from vdjax.train import loop
-from vdjax.train.step import LossSpec, TrainState, make_train_step
+from vdjax.train import supervised
+from vdjax.train.losses import LossSpec
+from vdjax.train.plan import StagePlan
+from vdjax.train.stage import BESIDE, Update
+from vdjax.train.step import TrainState, make_train_step
 
 PAIRS = tiny.dataset(tiny.preference_examples(3, 7))
 DOCUMENTS = tiny.dataset(tiny.sft_examples(4, 14))
@@ -94,8 +97,9 @@ def cases(qwen: tuple[Model, Any]) -> dict[str, Case]:
 def batch_of(data: Dataset, layout: tuple[int, int, int], reference: np.ndarray | None) -> dict[str, np.ndarray]:
     length, rows, microbatch_rows = layout
     steps = pipeline.in_order(len(data), len(data))
-    batch = pipeline.batches(data, steps, Shape(rows, length, 14), microbatch_rows, reference)[0]
-    return {k: v for k, v in batch.items() if k in loop.PACKED}
+    beside = {} if reference is None else {"reference_log_probs": reference}
+    batch = pipeline.batches(data, steps, Shape(rows, length, 14), microbatch_rows, beside)[0]
+    return {k: v for k, v in batch.items() if k not in BESIDE}
 
 
 def spec_of(made: Model, objective: str, groups: int = 1) -> LossSpec:
@@ -104,11 +108,12 @@ def spec_of(made: Model, objective: str, groups: int = 1) -> LossSpec:
 
 def plain_step(made: Model, objective: str, groups: int = 1) -> Any:
     """Descent with rate 1, so that the parameters move by the gradient."""
-    return jax.jit(make_train_step(spec_of(made, objective, groups), optax.sgd(1.0)))
+    step = make_train_step(spec_of(made, objective, groups), optax.sgd(1.0))
+    return jax.jit(lambda state, batch: step(state, {}, batch))
 
 
 def start(params: Any) -> TrainState:
-    return TrainState(jnp.int32(0), params, optax.sgd(1.0).init(params))
+    return TrainState(jnp.int32(0), params, optax.sgd(1.0).init(params), {})
 
 
 def check(state: TrainState, metrics: dict[str, Any], params: Any, case: Case) -> None:
@@ -161,15 +166,18 @@ def test_a_step_that_is_not_finite_changes_nothing(qwen: tuple[Model, Any], case
         np.testing.assert_array_equal(before, after)
 
 
-def test_held_out_evaluation_is_the_same_mean(qwen: tuple[Model, Any], cases: dict[str, Case]) -> None:
+def test_held_out_evaluation_is_the_same_mean(
+    qwen: tuple[Model, Any], cases: dict[str, Case], tmp_path: Path
+) -> None:
     """Over two batches, the second one smaller."""
     made, params = qwen
     case, mesh = cases["dpo"], sharding.make_mesh(devices=jax.devices()[:1])
-    plan = loop.StagePlan(PAIRS, PAIRS, None, 1, Shape(1, 1, 1), 2, [])
-    stage = configs.stage("dpo", hyper=HYPER["dpo"], batch_size=4)
-    evaluate = loop.held_out_evaluation(plan, made, stage, mesh, {PAIRS.key: case.reference})
+    plan = StagePlan(PAIRS, PAIRS, None, 1, 1, Shape(1, 1, 1), 2, [])
+    stage = tiny.stage(made, params, configs.stage("dpo", hyper=HYPER["dpo"], batch_size=4), mesh, tmp_path, plan)
+    beside = {PAIRS.key: {"reference_log_probs": case.reference}}
+    evaluate = supervised.held_out_evaluation(stage, Update({}, optax.sgd(1.0), None), beside)
     assert evaluate is not None
-    found = evaluate(params)
+    found = evaluate(start(params))
     assert set(found) == {f"eval_{name}" for name in case.metrics}
     for name, value in case.metrics.items():
         np.testing.assert_allclose(found[f"eval_{name}"], value, rtol=1e-5, atol=1e-5, err_msg=name)
@@ -181,17 +189,18 @@ def test_dpo_begins_at_ln_2_and_keeps_its_reference(
     """The reference pass packs the data in its own way."""
     made, params = qwen
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    stage = configs.stage("dpo", hyper=HYPER["dpo"], batch_size=3)
-    reference = loop.reference(made, params, PAIRS, stage, 1, mesh, tmp_path)
+    plan = StagePlan(PAIRS, None, None, 1, 1, Shape(1, 1, 1), 1, [])
+    stage = tiny.stage(made, params, configs.stage("dpo", hyper=HYPER["dpo"], batch_size=3), mesh, tmp_path, plan)
+    reference = supervised.reference(stage, PAIRS)
     want = np.concatenate(tiny.brute_force(made, params, [pipeline.example(PAIRS, i) for i in range(7)]))
     np.testing.assert_allclose(reference, want, atol=1e-5)
     _, metrics = plain_step(made, "dpo")(start(params), batch_of(PAIRS, LAYOUTS[0], reference))
     assert abs(float(metrics["loss"]) - np.log(2)) < 1e-5
     assert abs(float(metrics["reward_margin"])) < 1e-5 and float(metrics["kl_to_reference"]) < 1e-5
     with compiles() as names:
-        np.testing.assert_array_equal(loop.reference(made, params, PAIRS, stage, 1, mesh, tmp_path), reference)
+        np.testing.assert_array_equal(supervised.reference(stage, PAIRS), reference)
         assert "jit(score_step)" not in names
         other = jax.tree.map(lambda x: x, params) | {"final_norm": params["final_norm"].at[0].add(1e-3)}
-        changed = loop.reference(made, other, PAIRS, stage, 1, mesh, tmp_path)
+        changed = supervised.reference(stage._replace(start=lambda: other), PAIRS)
         assert "jit(score_step)" in names
     assert np.abs(changed - reference).max() > 1e-6

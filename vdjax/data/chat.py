@@ -30,6 +30,7 @@ __all__ = [
     "pick_template",
     "render",
     "render_conversation",
+    "render_prompt",
     "render_responses",
     "template_hash",
 ]
@@ -275,6 +276,56 @@ def _branches(
     return shared, answers, _notes(encoded, [split] * len(encoded), boundaries)
 
 
+# A prompt alone: what a response is sampled for
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, template: Template) -> list[int]:
+    """The tokens that a response to `prompt` comes after.
+
+    Raises:
+      Dropped: the template fails on the prompt.
+    """
+    if isinstance(prompt, str):
+        return _encode(prompt, template, template.bos_ids).ids
+    return _encode(template_text(prompt, tokenizer, template, generation_prompt=True), template).ids
+
+
+def render_prompt(
+    prompt: Prompt,
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    max_length: int,
+    truncation: str = "response_end",
+    counts: Counts,
+    where: str = "",
+) -> Rendered | None:
+    """A prompt as a document of which nothing is scored (branch 0), of at most `max_length` tokens.
+
+    truncation: 'response_end' drops what is longer ('prompt_too_long'); 'oldest_turns' first leaves out the oldest
+    questions and answers (noted 'truncated_turns').
+
+    Returns None when the example is dropped; the reason is counted in `counts` under `where`, the example's id.
+    """
+    _check_arguments(max_length, truncation, "last")
+    try:
+        _refuse_text(prompt, (), template)
+        whole = prompt
+        ids = prompt_ids(prompt, tokenizer, template)
+        if len(ids) > max_length and truncation == "oldest_turns":
+            prompt = _without_oldest(prompt, lambda p: len(prompt_ids(p, tokenizer, template)) <= max_length)
+            ids = prompt_ids(prompt, tokenizer, template)
+        if not ids:
+            raise Dropped("empty_prompt")
+        if len(ids) > max_length:
+            raise Dropped("prompt_too_long")
+    except Dropped as dropped:
+        counts.drop(str(dropped), where)
+        return None
+    _note({"truncated_turns": len(prompt) < len(whole)}, counts, where)
+    return Rendered(np.array(ids, np.int32), np.zeros(len(ids), bool), np.zeros(len(ids), np.int8))
+
+
 def render(
     example: Example,
     kind: str,
@@ -286,7 +337,21 @@ def render(
     assistant_turns: str = "all",
     counts: Counts,
 ) -> Rendered | None:
-    """An example as its stage needs it: 'sft' and 'text' as a document, 'preference' as a prompt with two branches."""
+    """An example as its stage needs it.
+
+    kind: 'sft' and 'text' make a document, 'preference' (chosen, rejected) and 'unpaired' (the response and another
+        example's) a prompt with two branches, 'prompt' a prompt alone.
+    """
+    if kind == "prompt":
+        return render_prompt(
+            example.prompt,
+            tokenizer,
+            template,
+            max_length=max_length,
+            truncation=truncation,
+            counts=counts,
+            where=example.id,
+        )
     if kind in ("sft", "text"):
         return render_conversation(
             example.prompt,
@@ -299,10 +364,10 @@ def render(
             counts=counts,
             where=example.id,
         )
-    if kind != "preference":
-        raise UserError(f"data: kind={kind!r}{nearest(kind, ('sft', 'text', 'preference'))}")
+    if kind not in ("preference", "unpaired"):
+        raise UserError(f"data: kind={kind!r}{nearest(kind, ('sft', 'text', 'preference', 'unpaired', 'prompt'))}")
     if len(example.responses) != 2:
-        raise UserError(f"data: {example.id}: a preference needs chosen and rejected, found {len(example.responses)}")
+        raise UserError(f"data: {example.id}: expected two responses, found {len(example.responses)}")
     return render_responses(
         example.prompt,
         example.responses,
@@ -310,7 +375,7 @@ def render(
         template,
         max_length=max_length,
         truncation=truncation,
-        distinct=True,
+        distinct=kind == "preference",
         counts=counts,
         where=example.id,
     )

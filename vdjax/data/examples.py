@@ -11,11 +11,16 @@ class Message(TypedDict):
 
 
 class Example(NamedTuple):
-    """`prompt` is raw text (no chat template) or messages (rendered with it); one response, or (chosen, rejected)."""
+    """`prompt` is raw text (no chat template) or messages (rendered with it); one response, (chosen, rejected) or none.
+
+    label: of an unpaired response 1 (desirable) or 0; of a pair the margin by which its chosen response is better,
+        where the data say so; else 0.
+    """
 
     id: str
     prompt: str | tuple[Message, ...]
     responses: tuple[str, ...]
+    label: float = 0.0
 
 
 @dataclass

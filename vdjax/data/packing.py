@@ -113,11 +113,3 @@ def place(values: Sequence[np.ndarray], source: Int[np.ndarray, "rows length 2"]
     out[valid] = np.concatenate(values)[starts[source[valid, 0]] + source[valid, 1]]
     return out
 
-
-def collect(grid: np.ndarray, source: Int[np.ndarray, "rows length 2"], lengths: Sequence[int]) -> list[np.ndarray]:
-    """The inverse of `place`: per-token values of each example out of a packed batch."""
-    starts = np.cumsum([0, *lengths])
-    valid = source[..., 0] >= 0
-    flat = np.zeros(starts[-1], grid.dtype)
-    flat[starts[source[valid, 0]] + source[valid, 1]] = grid[valid]
-    return np.split(flat, starts[1:-1])

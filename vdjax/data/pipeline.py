@@ -4,8 +4,9 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import grain
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from vdjax.data import chat, packing, readers, sources
 from vdjax.data.chat import Rendered, Template
+from vdjax.data.examples import Example
 from vdjax.data.sources import Counts
 from vdjax.errors import UserError
 
@@ -26,6 +28,8 @@ class Dataset(NamedTuple):
     branches: np.ndarray  # int8 [total]
     offsets: np.ndarray  # int64 [examples + 1]
     ids: Sequence[str]
+    labels: np.ndarray  # float32 [examples]: `examples.Example.label`
+    prompts: Sequence[Any]  # of kind "prompt": each example's prompt, text or messages; of other kinds empty
     counts: dict[str, Any]  # rows read, dropped and changed, by reason (`sources.Counts`)
     key: str  # hash of all that the tokens depend on
 
@@ -36,6 +40,14 @@ class Dataset(NamedTuple):
 def example(data: Dataset, i: int) -> Rendered:
     part = slice(data.offsets[i], data.offsets[i + 1])
     return Rendered(data.tokens[part], data.loss_mask[part], data.branches[part])
+
+
+def of_rendered(rendered: Sequence[Rendered], ids: Sequence[str] = (), key: str = "") -> Dataset:
+    """Examples that are not kept on disk."""
+    tokens, loss_mask, branches = (np.concatenate(part) for part in zip(*rendered, strict=True))
+    offsets = np.cumsum([0, *(len(r.tokens) for r in rendered)])
+    labels = np.zeros(len(rendered), np.float32)
+    return Dataset(tokens, loss_mask, branches, offsets, ids, labels, (), {}, key)
 
 
 def lengths(data: Dataset) -> np.ndarray:
@@ -51,6 +63,8 @@ def take(data: Dataset, start: int, stop: int) -> Dataset:
         data.branches[whole],
         data.offsets[start : stop + 1] - data.offsets[start],
         data.ids[start:stop],
+        data.labels[start:stop],
+        data.prompts[start:stop],
         data.counts,
         f"{data.key}-{start}-{stop}",
     )
@@ -60,7 +74,7 @@ def build(stage: ConfigDict, kind: str, tokenizer: Any, template: Template, cach
     """Renders a stage's data, or reads what an earlier run rendered from the same things.
 
     Args:
-      kind: "text", "sft" or "preference".
+      kind: "text", "sft", "preference", "unpaired" or "prompt".
       cache: folder that keeps rendered data sets by key.
 
     Raises:
@@ -68,7 +82,7 @@ def build(stage: ConfigDict, kind: str, tokenizer: Any, template: Template, cach
     """
     source = _spec(stage, kind)
     parts = {
-        "format": 2,
+        "format": 3,
         "data": stage.data.to_dict(),
         "files": [
             (str(p), p.stat().st_size, p.stat().st_mtime_ns)
@@ -94,40 +108,69 @@ def _spec(stage: ConfigDict, kind: str) -> dict[str, Any]:
     return spec | {"kind": kind, "path": paths[0] if len(paths) == 1 else paths}
 
 
-def _render_all(
-    stage: ConfigDict, kind: str, tokenizer: Any, template: Template, seed: int
-) -> tuple[list[Rendered], list[str], dict[str, Any]]:
+class Content(NamedTuple):
+    """What is kept of a rendered data set."""
+
+    rendered: list[Rendered]
+    examples: list[Example]
+    counts: dict[str, Any]
+
+
+def _render_all(stage: ConfigDict, kind: str, tokenizer: Any, template: Template, seed: int) -> Content:
     counts = Counts()
-    rendered, ids = [], []
-    for item in sources.load(_spec(stage, kind), seed=seed, counts=counts):
+    examples: Iterable[Example] = sources.load(_spec(stage, kind), seed=seed, counts=counts)
+    if kind == "unpaired":
+        examples = with_mismatched(list(examples))
+    kept = []
+    for item in examples:
         out = chat.render(
             item,
             kind,
             tokenizer,
             template,
-            max_length=stage.max_length,
+            max_length=stage.max_length - (stage.rollout.max_new_tokens if kind == "prompt" else 0),
             truncation=stage.data.truncation,
             assistant_turns=stage.data.assistant_turns,
             counts=counts,
         )
         if out is not None:
-            rendered.append(out)
-            ids.append(item.id)
-    if not rendered:
+            kept.append((out, item._replace(responses=(), prompt=item.prompt if kind == "prompt" else "")))
+    if not kept:
         raise UserError("\n".join([f"data: {stage.data.path}: no example could be rendered", *counts.lines()]))
-    return rendered, ids, counts.as_dict()
+    rendered, items = zip(*kept, strict=True)
+    return Content(list(rendered), list(items), counts.as_dict())
 
 
-def _write(content: tuple[list[Rendered], list[str], dict[str, Any]], key: str, folder: Path) -> None:
+def with_mismatched(examples: list[Example]) -> list[Example]:
+    """Each example with a second response, that of the next example with another prompt (KTO's estimate of the KL).
+
+    Raises:
+      UserError: all prompts are the same.
+    """
+    other: str | None = next((e.responses[0] for e in examples if e.prompt != examples[-1].prompt), None)
+    if other is None:
+        raise UserError("data: unpaired examples need at least two prompts, but all have the same")
+    out = []
+    for at in range(len(examples) - 1, -1, -1):
+        if at + 1 < len(examples) and examples[at + 1].prompt != examples[at].prompt:
+            other = examples[at + 1].responses[0]
+        out.append(examples[at]._replace(responses=(examples[at].responses[0], other)))
+    return out[::-1]
+
+
+def _write(content: Content, key: str, folder: Path) -> None:
     """Fills a folder of its own and moves it into place, so that a folder under that name is always whole."""
-    rendered, ids, counts = content
+    rendered, examples, counts = content
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key}-"))
     np.save(part / "tokens.npy", np.concatenate([r.tokens for r in rendered], dtype=np.int32))
     np.save(part / "loss_mask.npy", np.concatenate([r.loss_mask for r in rendered], dtype=bool))
     np.save(part / "branches.npy", np.concatenate([r.branches for r in rendered], dtype=np.int8))
     np.save(part / "offsets.npy", np.cumsum([0] + [len(r.tokens) for r in rendered]).astype(np.int64))
-    (part / "meta.json").write_text(json.dumps({"key": key, "ids": ids, "counts": counts}))
+    np.save(part / "labels.npy", np.array([e.label for e in examples], np.float32))
+    prompts = [e.prompt for e in examples] if any(e.prompt for e in examples) else []
+    meta = {"key": key, "ids": [e.id for e in examples], "prompts": prompts, "counts": counts}
+    (part / "meta.json").write_text(json.dumps(meta))
     try:
         part.rename(folder)
     except OSError:  # another process was first, with the same content
@@ -140,8 +183,10 @@ def _read(folder: Path) -> Dataset:
     def array(name: str) -> np.ndarray:
         return np.load(folder / f"{name}.npy", mmap_mode="r")
 
-    tokens, mask, branches, offsets = map(array, ("tokens", "loss_mask", "branches", "offsets"))
-    return Dataset(tokens, mask, branches, offsets, meta["ids"], meta["counts"], meta["key"])
+    tokens, mask, branches, offsets, labels = map(array, ("tokens", "loss_mask", "branches", "offsets", "labels"))
+    return Dataset(
+        tokens, mask, branches, offsets, meta["ids"], labels, meta["prompts"], meta["counts"], meta["key"]
+    )
 
 
 def order(n: int, batch_size: int, epochs: int, seed: int) -> grain.MapDataset:
@@ -198,20 +243,20 @@ def batches(
     steps: grain.MapDataset,
     shape: packing.Shape,
     microbatch_rows: int,
-    reference: np.ndarray | None = None,
+    per_token: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> grain.MapDataset:
     """Batches of arrays [microbatches, rows, length], with `source` and the examples' `indices` beside them.
 
     Args:
-      reference: float32 [total], reference log-probs aligned with `data.tokens`; becomes `reference_log_probs`.
+      per_token: further arrays of the batch by name: float32 [total], aligned with `data.tokens`.
     """
 
     def make(indices: np.ndarray) -> dict[str, np.ndarray]:
         chosen = [example(data, i) for i in indices]
         batch = packing.pack(chosen, packing.best_fit([len(e.tokens) for e in chosen], shape.length), shape)
-        if reference is not None:
-            values = [reference[data.offsets[i] : data.offsets[i + 1]] for i in indices]
-            batch["reference_log_probs"] = packing.place(values, batch["source"])
+        for name, array in per_token.items():
+            values = [array[data.offsets[i] : data.offsets[i + 1]] for i in indices]
+            batch[name] = packing.place(values, batch["source"])
         cut = {k: v.reshape(-1, microbatch_rows, *v.shape[1:]) for k, v in batch.items()}
         return cut | {"indices": np.asarray(indices)}
 
@@ -223,28 +268,22 @@ def iterate(steps: grain.MapDataset) -> grain.DatasetIterator:
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
-def reference_log_probs(
+def score(
     data: Dataset,
-    batch_size: int,
-    row_multiple: int,
-    score: Callable[[packing.Shape], Callable[[dict[str, np.ndarray]], np.ndarray]],
-    progress: Callable[[Iterable, int], Iterable],
+    batches: grain.MapDataset | Sequence[dict[str, np.ndarray]],
+    run: Callable[[dict[str, np.ndarray]], np.ndarray],
+    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
 ) -> np.ndarray:
-    """Scores every example once: float32 [total], aligned with `data.tokens`, 0 where nothing is scored.
+    """A value of every token: float32 [total], aligned with `data.tokens`.
 
     Args:
-      score: makes, for a shape, the function from a batch to its token log-probs [microbatches, rows, length].
+      batches: that together hold every example once.
+      run: from a batch to its values [microbatches, rows, length].
     """
-    steps = in_order(len(data), batch_size)
-    shape = plan(data, steps, row_length=0, row_multiple=row_multiple)
-    run = score(shape)
     out = np.zeros(len(data.tokens), np.float32)
-    for batch in progress(iterate(batches(data, steps, shape, row_multiple)), len(steps)):
-        grid = run({k: v for k, v in batch.items() if k not in ("source", "indices")})
-        source = batch["source"].reshape(-1, shape.length, 2)
-        ends = [int(data.offsets[i + 1] - data.offsets[i]) for i in batch["indices"]]
-        for i, values in zip(
-            batch["indices"], packing.collect(grid.reshape(source.shape[:2]), source, ends), strict=True
-        ):
-            out[data.offsets[i] : data.offsets[i + 1]] = values
+    for batch in progress(iterate(batches), len(batches)):
+        grid, source = run(batch), batch["source"]
+        used = source[..., 0] >= 0
+        example, token = source[used].T
+        out[data.offsets[batch["indices"][example]] + token] = grid[used]
     return out

@@ -6,7 +6,7 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ __all__ = ["SOURCES", "Counts", "Example", "Message", "Spec", "load"]
 class Spec:
     """What to load. None, "" and () mean "not given".
 
-    kind: 'sft', 'preference' or 'text' (documents for pretraining): what the stage needs.
+    kind: what the stage needs: 'sft', 'preference', 'unpaired' (a response with a label; a pair gives two), 'prompt'
+        (without a response) or 'text' (documents for pretraining).
     source: a name in SOURCES, or 'auto' to choose by the columns.
     path: a local file, directory or list of files, or a hub id; revision, split, name (config) and data_dir as in
         `datasets.load_dataset`. Hub ids need a revision.
@@ -70,6 +71,7 @@ def load(spec: Mapping[str, Any], *, seed: int = 0, counts: Counts) -> Iterator[
     for damaged files and when there is no usable example at all.
     """
     options = _options(spec)
+    kind = options.kind
     rows = read_rows(
         options.path, revision=options.revision, split=options.split, name=options.name, data_dir=options.data_dir
     )
@@ -79,12 +81,34 @@ def load(spec: Mapping[str, Any], *, seed: int = 0, counts: Counts) -> Iterator[
     source = choose_source(options, head)
     _refuse_foreign_options(options, source)
     counted = _counted(chain(head, rows), counts)
+    if options.kind not in SOURCES[source].kinds:
+        options = replace(options, kind=MADE_FROM[options.kind])
     if source == "persona":
         from vdjax.data import persona
 
         persona.check(options)
-        return _window(persona.examples(counted, options, seed, counts), options, counts)
-    return _window(_parse_rows(counted, SOURCES[source].parse, options, counts), options, counts)
+        examples = persona.examples(counted, options, seed, counts)
+    else:
+        examples = _parse_rows(counted, SOURCES[source].parse, options, counts)
+    examples = _window(examples, options, counts)
+    if options.kind == kind:
+        return examples
+    return _prompts(examples) if kind == "prompt" else _unpaired(examples)
+
+
+def _prompts(examples: Iterator[Example]) -> Iterator[Example]:
+    return (example._replace(responses=()) for example in examples)
+
+
+def _unpaired(examples: Iterator[Example]) -> Iterator[Example]:
+    for example in examples:
+        for response, name, label in zip(example.responses, ("chosen", "rejected"), (1.0, 0.0), strict=True):
+            yield Example(f"{example.id}:{name}", example.prompt, (response,), label)
+
+
+def kinds_of(source: "Source") -> tuple[str, ...]:
+    """The kinds of examples that can be had from a source."""
+    return (*source.kinds, *(kind for kind, other in MADE_FROM.items() if other in source.kinds))
 
 
 def _counted(rows: Iterable[Row], counts: Counts) -> Iterator[Row]:
@@ -108,8 +132,8 @@ def _options(spec: Mapping[str, Any]) -> Spec:
         raise UserError(f"data: kind={options.kind!r}{nearest(options.kind, KINDS)}")
     if options.source not in ("auto", *SOURCES):
         raise UserError(f"data: source={options.source!r}{nearest(options.source, ('auto', *SOURCES))}")
-    if options.source != "auto" and options.kind not in SOURCES[options.source].kinds:
-        kinds = ", ".join(SOURCES[options.source].kinds)
+    if options.source != "auto" and options.kind not in kinds_of(SOURCES[options.source]):
+        kinds = ", ".join(kinds_of(SOURCES[options.source]))
         raise UserError(f"data: source {options.source!r} gives {kinds} examples, but the stage needs {options.kind!r}")
     for key in ("skip_examples", "max_examples"):
         if not isinstance(given.get(key, 0), int) or given.get(key, 0) < 0:
@@ -120,7 +144,7 @@ def _options(spec: Mapping[str, Any]) -> Spec:
 def choose_source(options: Spec, head: Sequence[Row]) -> str:
     """The source's name, checked against the columns of the first rows; UserError when they do not fit."""
     columns = sorted(set().union(*(row.data for row in head)))
-    fitting = [name for name, source in SOURCES.items() if options.kind in source.kinds]
+    fitting = [name for name, source in SOURCES.items() if options.kind in kinds_of(source)]
     if options.source != "auto":
         fitting = [options.source]
     matches = [name for name in fitting if set(SOURCES[name].columns) <= set(columns)]
@@ -153,12 +177,13 @@ def _parse_rows(rows: Iterator[Row], parse: "Parser", options: Spec, counts: Cou
     for row in rows:
         try:
             prompt, responses = parse(row.data, options)
+            label = _label(row.data, options.kind)
             if len(responses) == 2 and responses[0].strip() == responses[1].strip():
                 raise Dropped("equal_responses")
         except Dropped as dropped:
             counts.drop(str(dropped), row.id)
             continue
-        yield Example(row.id, prompt, responses)
+        yield Example(row.id, prompt, responses, label)
 
 
 def _window(examples: Iterator[Example], options: Spec, counts: Counts) -> Iterator[Example]:
@@ -191,6 +216,18 @@ def _text(value: object) -> str:
         except UnicodeEncodeError:  # half of a surrogate pair, as JSON's \ud83d alone gives
             raise Dropped("invalid_unicode") from None
     return value
+
+
+def _label(row: Mapping[str, Any], kind: str) -> float:
+    """`Example.label`: the column `label` of unpaired rows, the column `margin` of pairs, if there is one."""
+    if kind == "unpaired":
+        if row.get("label") not in (True, False):
+            raise Dropped("missing_field" if row.get("label") is None else "wrong_type")
+        return float(row["label"])
+    margin = row.get("margin") if kind == "preference" else None
+    if margin is not None and not isinstance(margin, int | float):
+        raise Dropped("wrong_type")
+    return float(margin or 0)
 
 
 def _messages(value: object) -> list[Message]:
@@ -322,6 +359,18 @@ def _joined(prompt: object, completion: object) -> tuple[str | tuple[Message, ..
     return _answered([*before, *answer])
 
 
+def _prompt(row: Mapping[str, Any], options: Spec) -> Parsed:
+    prompt = row.get("prompt")
+    if prompt is None:
+        raise Dropped("missing_field")
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise Dropped("empty_prompt")
+        return _text(prompt), ()
+    asked, _ = _answered([*_messages(prompt), {"role": "assistant", "content": "an answer"}])
+    return asked, ()
+
+
 def _document(row: Mapping[str, Any], options: Spec) -> Parsed:
     document = text_field(row, "text")
     if not document.strip():
@@ -344,11 +393,13 @@ def _persona_takes_all_rows(row: Mapping[str, Any], options: Spec) -> Parsed:
     raise AssertionError("persona examples are made from the whole file, see vdjax.data.persona")
 
 
-KINDS = ("sft", "preference", "text")
+KINDS = ("sft", "preference", "unpaired", "prompt", "text")
+MADE_FROM = {"unpaired": "preference", "prompt": "sft"}  # kinds that are had from examples of another one
 PAIRS = ("sft", "preference")
 SOURCES: dict[str, Source] = {  # 'auto' takes the first that fits
     "wildchat": Source(("conversation",), ("sft",), _wildchat),
     "messages": Source(("messages",), ("sft",), _chat),
+    "prompt-completion-label": Source(("prompt", "completion", "label"), ("unpaired",), _completion),
     "prompt-completion": Source(("prompt", "completion"), ("sft",), _completion),
     "alpaca": Source(("instruction", "output"), ("sft",), _alpaca),
     "persona": Source(("statement", "answer_matching_behavior"), PAIRS, _persona_takes_all_rows),
@@ -356,5 +407,6 @@ SOURCES: dict[str, Source] = {  # 'auto' takes the first that fits
     "ultrafeedback": Source(("prompt", "chosen", "rejected"), PAIRS, _preference),
     "chosen-rejected": Source(("chosen", "rejected"), PAIRS, _preference),
     "hh-rlhf": Source(("chosen", "rejected"), PAIRS, _hh),
+    "prompt": Source(("prompt",), ("prompt",), _prompt),
     "text": Source(("text",), ("text",), _document),
 }

@@ -60,7 +60,7 @@ class MetricsLog:
         self.name, self.total, self.every = name, total, log_every
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() and step else []
         rows = [row for row in rows if row["step"] <= step]
-        self.evaluated = {row["step"] for row in rows if "eval_loss" in row}
+        self.evaluated = {row["step"] for row in rows if any(k.startswith("eval_") for k in row)}
         self.first = jax.process_index() == 0
         if self.first:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,8 @@ class MetricsLog:
     def step(self, step: int, values: dict[str, float]) -> None:
         if step % self.every == 0 or step == self.total:
             self._write({"step": step, **values})
-        shown = {k: f"{values[k]:.4g}" for k in ("loss", "reward_accuracy", "tokens_per_s") if k in values}
+        names = ("loss", "reward_accuracy", "reward", "kl", "tokens_per_s")
+        shown = {k: f"{values[k]:.4g}" for k in names if k in values}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         now = time.monotonic()
@@ -99,9 +100,8 @@ class MetricsLog:
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         self.evaluated.add(step)
         self._write({"step": step, **values})
-        text = "  ".join(
-            f"{k} {values[k]:.4f}" for k in ("eval_loss", "eval_reward_accuracy", "eval_reward_margin") if k in values
-        )
+        shown = ("eval_loss", "eval_reward_accuracy", "eval_reward_margin", "eval_reward", "eval_kl")
+        text = "  ".join(f"{k} {values[k]:.4f}" for k in shown if k in values)
         say(f"{self.name} {step}/{self.total} held out: {text}")
 
     def close(self) -> None:

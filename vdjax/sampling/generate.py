@@ -1,0 +1,160 @@
+"""Sampling behind any number of prompts: batches of few shapes, and results in the order of the prompts."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vdjax import sharding
+from vdjax.errors import UserError
+from vdjax.models.functional import Model
+from vdjax.sampling.decode import Knobs, Prompts, Samples, decode
+
+ROWS = 32  # of a batch, for each of the batch's shards: about where a CPU's decode stops being bound by the weights
+
+
+class Sampling(NamedTuple):
+    """How to sample. Only another number of tokens, or a first use of top-p or top-k, compiles another program."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0: the most likely token
+    top_p: float = 1.0  # 1: off
+    top_k: int = 0  # 0: off
+
+
+def generate(
+    model: Model,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int] | Sequence[tuple[int, ...]],
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    mesh: jax.sharding.Mesh,
+    *,
+    rows: int = 0,
+    progress: Callable[[Iterable, int], Iterable] = lambda batches, total: batches,
+) -> Samples:
+    """Samples a response to every prompt; call it under `jax.set_mesh(mesh)`.
+
+    What a row samples depends on the parameters, its prompt, its seed and `sampling` alone, not on the other rows,
+    their order, how they are batched or on how many devices: up to the rounding of logits, which can decide between
+    two tokens with a probability of about 1e-6.
+
+    Args:
+      params: in the shardings of `functional.shardings`.
+      prompts: token ids.
+      seeds: for each prompt one number, or a tuple of numbers (such as seed, step, example) of one length for all;
+        each at least 0 and below 2^32.
+      stop_ids: tokens that end a response; they are part of it. Those in a prompt do not count.
+      rows: prompts a batch; 0 takes 32 for each batch shard. Prompts of like length share a batch.
+      progress: wraps the loop over batches; is told their number.
+
+    Returns:
+      NumPy arrays, in the order of the prompts.
+
+    Raises:
+      UserError: an empty prompt, a token or seed out of range, or a wrong value in `sampling`.
+    """
+    check(sampling)
+    numbers = np.array([seed if isinstance(seed, Sequence) else (seed,) for seed in seeds], np.int64)
+    _check_rows(prompts, numbers, stop_ids, model.cfg.vocab_size)
+    shards = sharding.batch_shards(mesh)
+    out = Samples(
+        np.zeros((len(prompts), sampling.max_new_tokens), np.int32),
+        np.zeros(len(prompts), np.int32),
+        np.zeros((len(prompts), sampling.max_new_tokens), np.float32),
+        np.zeros(len(prompts), bool),
+    )
+    batches = list(_batches([len(prompt) for prompt in prompts], rows or ROWS * shards, shards))
+    for places, shape in progress(batches, len(batches)):
+        batch = put(pad_left([prompts[i] for i in places], numbers[places], shape), mesh)
+        samples = run(model, params, batch, sampling, stop_ids)
+        for whole, part in zip(out, samples, strict=True):
+            whole[places] = sharding.fetch(part)[: len(places)]
+    return out
+
+
+def run(model: Model, params: Any, batch: Prompts, sampling: Sampling, stop_ids: Sequence[int]) -> Samples:
+    """One batch, compiled once for its shape. Results are global arrays."""
+    return _run(
+        model.graphdef,
+        params,
+        batch,
+        knobs(sampling),
+        max_new_tokens=sampling.max_new_tokens,
+        stop_ids=tuple(stop_ids),
+        filtered=filtered(sampling),
+    )
+
+
+_run = functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "stop_ids", "filtered"))(decode)
+
+
+def knobs(sampling: Sampling) -> Knobs:
+    return Knobs(jnp.float32(sampling.temperature), jnp.float32(sampling.top_p), jnp.int32(sampling.top_k))
+
+
+def filtered(sampling: Sampling) -> bool:
+    return sampling.top_p < 1 or sampling.top_k > 0
+
+
+def bucket(length: int) -> int:
+    """The padded width of prompts of at most `length` tokens: four widths from one power of two to the next."""
+    step = max(16, 2 ** ((length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+def pad_left(prompts: Sequence[Sequence[int]], seeds: np.ndarray, shape: tuple[int, int]) -> Prompts:
+    """A batch of shape [rows, width]; rows without a prompt have the length 0."""
+    out = Prompts(np.zeros(shape, np.int32), np.zeros(shape[0], np.int32), np.zeros((shape[0], seeds.shape[1]), "u4"))
+    for row, prompt in enumerate(prompts):
+        out.tokens[row, shape[1] - len(prompt) :] = prompt
+        out.lengths[row] = len(prompt)
+    out.seeds[: len(seeds)] = seeds
+    return out
+
+
+def put(batch: Prompts, mesh: jax.sharding.Mesh) -> Prompts:
+    return Prompts(*(sharding.put_global(x, sharding.rows_sharding(mesh, x.ndim)) for x in batch))
+
+
+def _batches(lengths: Sequence[int], rows: int, shards: int) -> Iterator[tuple[list[int], tuple[int, int]]]:
+    """Indices of each batch and its shape [rows, width], longest prompts first: what lacks memory fails at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    count = math.ceil(len(order) / rows)
+    size = math.ceil(len(order) / max(count, 1) / shards)
+    size = min(2 ** (size - 1).bit_length() * shards, math.ceil(rows / shards) * shards)
+    for start in range(0, len(order), size):
+        places = order[start : start + size]
+        yield places, (size, bucket(lengths[places[0]]))
+
+
+def check(sampling: Sampling) -> None:
+    """UserError for values that no sampling can have."""
+    wants = {
+        "max_new_tokens": (sampling.max_new_tokens >= 1, "at least 1"),
+        "temperature": (0 <= sampling.temperature < math.inf, "at least 0, where 0 takes the most likely token"),
+        "top_p": (0 < sampling.top_p <= 1, "above 0 and at most 1, where 1 is off"),
+        "top_k": (sampling.top_k >= 0, "at least 0, where 0 is off"),
+    }
+    for name, (good, wanted) in wants.items():
+        if not good:
+            raise UserError(f"{name} is {getattr(sampling, name)}; expected {wanted}")
+
+
+def _check_rows(prompts: Sequence[Sequence[int]], seeds: np.ndarray, stop_ids: Sequence[int], vocab_size: int) -> None:
+    if len(prompts) != len(seeds):
+        raise UserError(f"{len(prompts)} prompts, but {len(seeds)} seeds")
+    if seeds.size and (seeds.min() < 0 or seeds.max() >= 2**32):
+        raise UserError("seeds must be at least 0 and below 2^32")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {i} has no token, and nothing can be sampled behind nothing")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise UserError(f"prompt {i}: token ids must be in [0, {vocab_size})")
+    if any(not 0 <= token < vocab_size for token in stop_ids):
+        raise UserError(f"stop ids {tuple(stop_ids)} must be in [0, {vocab_size})")

@@ -1,0 +1,124 @@
+"""What sampled responses are worth: by a reward model, or by a Python function that the config names."""
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+
+from vdjax import sharding
+from vdjax.data import chat, packing, pipeline
+from vdjax.data.examples import Counts
+from vdjax.data.pipeline import Dataset
+from vdjax.errors import UserError, nearest
+from vdjax.models.functional import Model
+from vdjax.train.losses import LossSpec
+from vdjax.train.stage import device_batch
+from vdjax.train.step import make_score_step
+
+
+class Responses(NamedTuple):
+    """Sampled responses, `len(texts) / len(prompts)` to each prompt, those of a prompt side by side."""
+
+    prompts: Sequence[Any]  # text, or messages
+    texts: Sequence[str]  # without stop and special tokens
+    data: Dataset  # a prompt with its responses is one example
+    ends: np.ndarray  # int64 [responses]: the place of each response's last token in `data.tokens`
+    batches: grain.MapDataset  # all of `data`, packed into one shape
+
+
+Reward = Callable[[Responses], np.ndarray]  # float64 [responses]
+
+
+def from_function(name: str) -> Reward:
+    """A reward function given as `module:function` or `FILE.py:function`.
+
+    It is called with a list of prompts (text, or messages) and a list of responses (text), one prompt a response, and
+    gives one number for each.
+
+    Raises:
+      UserError: there is no such function; when called, its result is not one finite number a response.
+    """
+    where, _, function_name = name.rpartition(":")
+    if not where:
+        raise UserError(f"reward.function={name!r}; expected module:function or FILE.py:function")
+    try:
+        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except (ImportError, FileNotFoundError) as error:
+        raise UserError(f"reward.function={name!r}: {where} cannot be imported: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        names = [n for n, value in vars(module).items() if callable(value)]
+        hint = nearest(function_name, names)
+        raise UserError(f"reward.function={name!r}: {where} has no function {function_name}{hint}")
+
+    def reward(responses: Responses) -> np.ndarray:
+        each = len(responses.texts) // len(responses.prompts)
+        prompts = [prompt for prompt in responses.prompts for _ in range(each)]
+        scores = list(function(prompts, list(responses.texts)))
+        if len(scores) != len(prompts):
+            raise UserError(f"reward.function={name!r} gave {len(scores)} rewards for {len(prompts)} responses")
+        for text, score in zip(responses.texts, scores, strict=True):
+            if not isinstance(score, int | float | np.number) or not math.isfinite(score):
+                raise UserError(f"reward.function={name!r} gave {score!r} for {text[:80]!r}; expected a finite number")
+        return np.array(scores, np.float64)
+
+    return reward
+
+
+def _load_file(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"vdjax_reward_{file.stem}", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def from_model(model: Model, params: Any, mesh: jax.sharding.Mesh) -> Reward:
+    """Scores by a reward model that reads the policy's own tokens: at the last token of each response."""
+    score = scorer(model, mesh)
+
+    def reward(responses: Responses) -> np.ndarray:
+        scores = pipeline.score(responses.data, responses.batches, lambda batch: score(params, batch))
+        return scores[responses.ends].astype(np.float64)
+
+    return reward
+
+
+def from_text(
+    model: Model, params: Any, mesh: jax.sharding.Mesh, tokenizer: Any, template: chat.Template, max_length: int
+) -> Reward:
+    """Scores by a reward model with a tokenizer and template of its own, which reads the texts."""
+    score, rows = scorer(model, mesh), 4 * sharding.batch_shards(mesh)
+    shape = packing.Shape(rows, packing.row_lengths(max_length)[0], rows * max_length)
+
+    def reward(responses: Responses) -> np.ndarray:
+        each, counts = len(responses.texts) // len(responses.prompts), Counts()
+        rendered = []
+        for i, text in enumerate(responses.texts):
+            prompt = responses.prompts[i // each]
+            # An empty response has a score too: that of a space.
+            out = chat.render_responses(
+                prompt, [text or " "], tokenizer, template, max_length=max_length, counts=counts, where=str(i)
+            )
+            if out is None:
+                raise UserError(f"reward model: response {text[:80]!r} cannot be rendered: {'; '.join(counts.lines())}")
+            rendered.append(out)
+        data = pipeline.of_rendered(rendered)
+        steps = pipeline.in_order(len(data), rows)
+        batches = pipeline.batches(data, steps, shape, rows)
+        return pipeline.score(data, batches, lambda b: score(params, b))[data.offsets[1:] - 1].astype(float)
+
+    return reward
+
+
+def scorer(model: Model, mesh: jax.sharding.Mesh) -> Callable[[Any, dict[str, np.ndarray]], np.ndarray]:
+    """A function from the parameters of a model with a score head and a batch to the scores of all its tokens."""
+    spec = LossSpec(model.graphdef, "", {}, 0, model.head_chunk, sharding.batch_shards(mesh))
+    step = jax.jit(make_score_step(spec, "scores"))
+    return lambda params, batch: sharding.fetch(step(params, device_batch(batch, mesh)))

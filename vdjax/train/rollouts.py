@@ -1,0 +1,322 @@
+"""Stages that learn from their own samples: responses, rewards, advantages, and updates on them."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vdjax import sharding
+from vdjax.data import pipeline
+from vdjax.data.chat import Rendered
+from vdjax.data.pipeline import Dataset
+from vdjax.models.lora import join
+from vdjax.objectives import OBJECTIVES
+from vdjax.objectives.advantages import adapt_kl_coef, gae, group_relative, leave_one_out, per_token_rewards, whiten
+from vdjax.objectives.policy_gradient import kl_estimate, token_weights
+from vdjax.sampling.generate import Samples, Sampling, generate
+from vdjax.train.losses import LossSpec
+from vdjax.train.rewards import Responses, Reward
+from vdjax.train.stage import Facts, Stage, Trainer, Update, compile_step, device_batch, facts_of, shares_trunk
+from vdjax.train.step import TrainState, make_score_step
+
+HELD_OUT = 2**31  # in place of the step in the seeds of held-out prompts
+
+
+class Rollouts(NamedTuple):
+    """Responses with what was measured of them. Arrays of tokens are [responses, max_new_tokens], 0 behind the end."""
+
+    responses: Responses
+    places: np.ndarray  # int64: of each token in `responses.data.tokens`
+    mask: np.ndarray
+    stopped: np.ndarray  # bool [responses]
+    scores: np.ndarray  # float64 [responses]: rewards without penalties
+    old: np.ndarray  # log-probs, in nats
+    reference: np.ndarray
+    values: np.ndarray
+    gap: float  # mean difference between the sampler's log-probs and those of the scoring pass
+    seconds: float  # of sampling
+
+
+Pass = Callable[[Any, Responses], np.ndarray]  # from parameters to a value of each token of `Responses.data`
+
+
+class Source(NamedTuple):
+    """What responses come from and are measured by."""
+
+    stage: Stage
+    sampling: Sampling
+    stop_ids: Sequence[int]
+    tokenizer: Any
+    reward: Reward
+    log_probs: Pass
+    reference: Callable[[Responses], np.ndarray]
+    values: Pass
+
+
+def prepare(
+    stage: Stage, reward: Reward, tokenizer: Any, stop_ids: Sequence[int]
+) -> Callable[[Update, TrainState], Trainer]:
+    """`supervised.prepare` for stages that sample; rewards are those of `reward`."""
+
+    def trainer(update: Update, state: TrainState) -> Trainer:
+        settings = stage.config.rollout
+        sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k)
+        # Without adapters the reference is a second copy of the parameters; with them, what they lie beside.
+        start = {name: value for name, value in update.frozen.items() if name != "value"} or stage.start()
+        reference = scoring_pass(stage, stage.plain.graphdef, "log_probs")
+        source = Source(
+            stage,
+            sampling,
+            stop_ids,
+            tokenizer,
+            reward,
+            scoring_pass(stage, stage.model.graphdef, "log_probs"),
+            lambda responses: reference(start, responses),
+            scoring_pass(stage, stage.values.graphdef, "values") if stage.values else no_values,
+        )
+        step = compile_step(stage, update_spec(stage), update, state)
+        return Trainer(
+            lambda state, at: advance(source, step, update.frozen, state, at),
+            (lambda state: evaluate(source, join(update.frozen, state.params))) if stage.plan.held_out else None,
+        )
+
+    return trainer
+
+
+def update_spec(stage: Stage, **changes: Any) -> LossSpec:
+    """The loss of the updates: the stage's own, or of online preference optimization the one on its pairs."""
+    name, hyper = stage.config.objective, stage.config.hyper.to_dict()
+    if name == "online_dpo":
+        name, hyper = hyper["loss"], {**OBJECTIVES[hyper["loss"]].hyper, "beta": hyper["beta"]}
+    return LossSpec(
+        stage.model.graphdef,
+        name,
+        hyper,
+        stage.plan.shape.sequences,
+        stage.model.head_chunk,
+        sharding.batch_shards(stage.mesh),
+        stage.config.rollout.temperature,
+        stage.values.graphdef if stage.values and not shares_trunk(stage) else None,
+    )
+
+
+def scoring_pass(stage: Stage, graphdef: Any, what: Literal["log_probs", "values"]) -> Pass:
+    step = jax.jit(make_score_step(update_spec(stage)._replace(graphdef=graphdef), what))
+
+    def run(params: Any, responses: Responses) -> np.ndarray:
+        def fetched(batch: dict[str, np.ndarray]) -> np.ndarray:
+            return sharding.fetch(step(params, device_batch(batch, stage.mesh)))
+
+        return pipeline.score(responses.data, responses.batches, fetched)
+
+    return run
+
+
+def no_values(params: Any, responses: Responses) -> np.ndarray:
+    return np.zeros(len(responses.data.tokens), np.float32)
+
+
+def advance(
+    source: Source, learn: Callable, frozen: Any, state: TrainState, step: int
+) -> tuple[TrainState, dict[str, Any], Facts]:
+    """Responses to the step's prompts, and the updates on them."""
+    stage = source.stage
+    config, indices = stage.config, np.asarray(stage.plan.steps[step])
+    rollouts = roll_out(source, join(frozen, state.params), stage.plan.train, indices, step)
+    kl_coef = float(state.carry.get("kl_coef", 0.0))
+    to_learn = pairs_to_learn if config.objective == "online_dpo" else tokens_to_learn
+    data, beside = to_learn(rollouts, config, kl_coef)
+    batches: list[dict[str, np.ndarray]] = []
+    each = []
+    for epoch in range(config.rollout.epochs):
+        order = np.random.default_rng((stage.seed, step, epoch)).permutation(len(data))
+        for part in np.array_split(order, config.rollout.minibatches):
+            batches.append(minibatch(data, part, beside, stage, on_policy=not batches))
+            state, metrics = learn(state, frozen, device_batch(batches[-1], stage.mesh))
+            each.append(metrics)
+    measured = measure(rollouts)
+    if config.hyper.get("kl_target"):
+        adapted = adapt_kl_coef(
+            state.carry["kl_coef"],
+            jnp.float32(measured["kl"]),
+            target=config.hyper.kl_target,
+            horizon=config.hyper.kl_horizon,
+            episodes=len(rollouts.scores),
+        )
+        state = state._replace(carry=state.carry | {"kl_coef": adapted})
+    means = {name: sum(m[name] for m in each) / len(each) for name in each[0] if name != "finite"}
+    finite = jnp.stack([metrics["finite"] for metrics in each]).all()
+    facts = facts_of(batches, indices, **measured, **({"kl_coef": kl_coef} if state.carry else {}))
+    return state, means | {"finite": finite}, facts
+
+
+def evaluate(source: Source, params: Any) -> dict[str, float]:
+    """Rewards, lengths and KL of responses to the held-out prompts, with the same random numbers at every step."""
+    prompts, size = source.stage.plan.held_out, source.stage.config.batch_size
+    assert prompts
+    parts = np.array_split(np.arange(len(prompts)), -(-len(prompts) // size))
+    rows = [measure(roll_out(source, params, prompts, part, HELD_OUT)) for part in parts]
+    names = ("reward", "reward_std", "response_length", "stopped", "kl", "entropy")
+    sizes = [len(part) for part in parts]
+    return {f"eval_{name}": float(np.average([row[name] for row in rows], weights=sizes)) for name in names}
+
+
+def roll_out(source: Source, params: Any, prompts: Dataset, indices: np.ndarray, step: int) -> Rollouts:
+    """Samples responses to some of the prompts and measures them."""
+    stage, sampling = source.stage, source.sampling
+    samples, longest = stage.config.rollout.samples, sampling.max_new_tokens
+    policy = {name: value for name, value in params.items() if name != "value"}
+    asked = [pipeline.example(prompts, i).tokens for i in indices]
+    started = time.perf_counter()
+    sampled = generate(
+        stage.model,
+        policy,
+        [ids.tolist() for ids in asked for _ in range(samples)],
+        [(stage.seed, step, int(i), k) for i in indices for k in range(samples)],
+        sampling,
+        source.stop_ids,
+        stage.mesh,
+        rows=stage.config.rollout.rows,
+    )
+    seconds = time.perf_counter() - started
+
+    drawn = Samples(*map(np.asarray, sampled))
+    answers = [tokens[:length] for tokens, length in zip(drawn.tokens, drawn.lengths, strict=True)]
+    groups = [answers[i : i + samples] for i in range(0, len(answers), samples)]
+    data = pipeline.of_rendered([with_answers(ids, group) for ids, group in zip(asked, groups, strict=True)])
+    starts = np.flatnonzero(np.diff(data.branches, prepend=np.int8(0)) > 0)
+    parts = steps_of(np.array_split(np.arange(len(data)), stage.config.rollout.minibatches))
+    batches = pipeline.batches(data, parts, stage.plan.shape, stage.plan.microbatch_rows)
+    texts = [
+        source.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
+        for ids, stopped in zip(answers, drawn.stopped, strict=True)
+    ]
+    responses = Responses([prompts.prompts[i] for i in indices], texts, data, starts + drawn.lengths - 1, batches)
+
+    mask = np.arange(longest) < drawn.lengths[:, None]
+    places = np.where(mask, starts[:, None] + np.arange(longest), 0)
+
+    def grid(flat: np.ndarray) -> np.ndarray:
+        return np.where(mask, flat[places], 0)
+
+    old = grid(source.log_probs(policy, responses))
+    # A value model of its own is whole; a head alone reads the policy's states.
+    trunk = policy if shares_trunk(stage) else {}
+    values = source.values({k: v for k, v in (trunk | params.get("value", {})).items() if k != "lm_head"}, responses)
+    plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0
+    return Rollouts(
+        responses,
+        places,
+        mask,
+        drawn.stopped,
+        source.reward(responses),
+        old,
+        grid(source.reference(responses)),
+        grid(values),
+        float(np.abs(drawn.log_probs - old)[mask].mean()) if plain else 0.0,
+        seconds,
+    )
+
+
+def measure(rollouts: Rollouts) -> dict[str, float]:
+    """What is logged of responses: rewards as given, KL to the reference in nats a response, entropy in nats a token.
+
+    Both are estimates from the responses alone: the mean of log pi/ref (k1), and of -log pi.
+    """
+    mask, lengths = rollouts.mask, rollouts.mask.sum(1)
+    values = {
+        "reward": rollouts.scores.mean(),
+        "reward_std": rollouts.scores.std(),
+        "response_length": lengths.mean(),
+        "stopped": rollouts.stopped.mean(),
+        "kl": (rollouts.old - rollouts.reference).sum(1).mean(),
+        "entropy": -rollouts.old[mask].mean(),
+        "sampler_gap": rollouts.gap,
+        "sample_seconds": rollouts.seconds,
+        "new_tokens_per_s": lengths.sum() / rollouts.seconds,
+    }
+    return {name: float(value) for name, value in values.items()}
+
+
+def steps_of(parts: Sequence[np.ndarray]) -> grain.MapDataset:
+    return grain.MapDataset.source(list(parts))
+
+
+def with_answers(prompt: np.ndarray, answers: Sequence[np.ndarray]) -> Rendered:
+    """A prompt (branch 0) with its responses (branches 1, 2, ...), all of them scored."""
+    parts = [prompt, *answers]
+    branches = np.repeat(np.arange(len(parts), dtype=np.int8), [len(part) for part in parts])
+    return Rendered(np.concatenate(parts).astype(np.int32), branches > 0, branches)
+
+
+def penalised(rollouts: Rollouts, config: Any) -> np.ndarray:
+    """Rewards, less a penalty for responses that did not end; the prompt's own stop tokens do not count."""
+    return rollouts.scores - config.reward.missing_eos_penalty * ~rollouts.stopped
+
+
+def tokens_to_learn(rollouts: Rollouts, config: Any, kl_coef: float) -> tuple[Dataset, dict[str, np.ndarray]]:
+    """The responses with each token's advantage, and with its return where there are values."""
+    hyper, mask, values = config.hyper, jnp.asarray(rollouts.mask), jnp.asarray(rollouts.values)
+    scores, old, reference = map(jnp.asarray, (penalised(rollouts, config), rollouts.old, rollouts.reference))
+    kl = jnp.where(mask, kl_estimate(old, reference, hyper.kl_estimator), 0)
+    grids = {"old_log_probs": old, "reference_log_probs": reference}
+    if hyper.advantage == "gae":
+        rewards = per_token_rewards(scores, kl, mask, kl_coef=kl_coef)
+        rewards = whiten(rewards, mask, shift_mean=False) if hyper.whiten_rewards else rewards
+        advantages, returns = gae(rewards, values, mask, gamma=hyper.gamma, lam=hyper.lam)
+        grids |= {"advantages": whiten(advantages, mask), "returns": returns, "old_values": values}
+    else:
+        by_group = (scores - kl_coef * kl.sum(1)).reshape(-1, config.rollout.samples)
+        if hyper.advantage == "leave_one_out":
+            each = leave_one_out(by_group)
+        else:
+            each = group_relative(by_group, scale=hyper.advantage == "group_scaled")
+        grids["advantages"] = each.reshape(-1, 1) * mask
+    data = rollouts.responses.data
+    beside = {name: np.zeros(len(data.tokens), np.float32) for name in grids}
+    for name, grid in grids.items():
+        beside[name][rollouts.places[rollouts.mask]] = np.asarray(grid)[rollouts.mask]
+    return data, beside
+
+
+def pairs_to_learn(rollouts: Rollouts, config: Any, kl_coef: float) -> tuple[Dataset, dict[str, np.ndarray]]:
+    """The best and the worst response to each prompt as a pair; prompts with equally good responses are left out."""
+    samples, data = config.rollout.samples, rollouts.responses.data
+    by_group = penalised(rollouts, config).reshape(-1, samples)
+    rendered, reference = [], []
+    for group, scores in enumerate(by_group):
+        pair = [int(scores.argmax()), int(scores.argmin())]
+        if scores[pair[0]] == scores[pair[1]]:
+            continue
+        one = pipeline.example(data, group)
+        rendered.append(with_answers(one.tokens[one.branches == 0], [one.tokens[one.branches == k + 1] for k in pair]))
+        reference += [np.zeros((one.branches == 0).sum())]
+        reference += [rollouts.reference[group * samples + k][rollouts.mask[group * samples + k]] for k in pair]
+    if not rendered:  # nothing to learn: a step without a scored token, whose gradient is 0
+        return pipeline.take(data, 0, 0), {"reference_log_probs": np.zeros(0, np.float32)}
+    return pipeline.of_rendered(rendered), {"reference_log_probs": np.concatenate(reference).astype(np.float32)}
+
+
+def minibatch(
+    data: Dataset, part: np.ndarray, beside: dict[str, np.ndarray], stage: Stage, *, on_policy: bool
+) -> dict[str, np.ndarray]:
+    """Some of the prompts with their responses as a batch, with the weights that their tokens have in its loss."""
+    plan, config = stage.plan, stage.config
+    if "advantages" in beside:
+        sizes = [np.bincount(pipeline.example(data, i).branches)[1:] for i in part]
+        weights = token_weights(
+            np.concatenate(sizes), config.hyper.weights, max_new_tokens=config.rollout.max_new_tokens
+        )
+        each = iter(weights)
+        beside = beside | {"weights": np.zeros(len(data.tokens), np.float32)}
+        for i, lengths in zip(part, sizes, strict=True):
+            end = data.offsets[i + 1]
+            beside["weights"][end - lengths.sum() : end] = np.repeat([next(each) for _ in lengths], lengths)
+    batch = pipeline.batches(data, steps_of([part]), plan.shape, plan.microbatch_rows, beside)[0]
+    if "advantages" in beside:
+        batch["on_policy"] = np.full((*batch["tokens"].shape[:2], 1), on_policy, np.float32)
+    return batch

@@ -1,0 +1,142 @@
+"""What a stage works with, and what each kind of stage gives the loop."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from vdjax import sharding
+from vdjax.models.functional import Model
+from vdjax.objectives import OBJECTIVES
+from vdjax.train.log import say
+from vdjax.train.losses import LossSpec
+from vdjax.train.plan import StagePlan
+from vdjax.train.step import TrainState, make_train_step
+
+PACKED = ("tokens", "positions", "segment_ids", "loss_mask", "sequence_ids")
+BESIDE = ("source", "indices")  # for the host alone
+
+
+class Stage(NamedTuple):
+    name: str
+    config: ConfigDict
+    plan: StagePlan
+    model: Model  # that is trained: with adapters or a score head, if it has any
+    plain: Model  # the experiment's model, without them
+    values: Model | None  # of the states that a policy chooses tokens in
+    start: Callable[[], Any]  # makes the parameters (of `plain`) that the stage starts from, when they are needed
+    start_values: Callable[[], Any]  # likewise of `values`
+    mesh: jax.sharding.Mesh
+    workdir: Path
+    seed: int
+    resume_every: int
+    log_every: int
+
+
+class Update(NamedTuple):
+    """How parameters are changed: those that are not, the optimizer, and the shardings of the train state."""
+
+    frozen: Any
+    optimizer: optax.GradientTransformation
+    layout: TrainState
+
+
+class Facts(NamedTuple):
+    """What a step worked on, for its speed and its log."""
+
+    indices: np.ndarray  # examples
+    tokens: int
+    scored: int
+    attended: int  # (query, key) pairs
+    measured: dict[str, float]  # on the host
+
+
+class Trainer(NamedTuple):
+    """What a kind of stage does in each turn of the loop."""
+
+    advance: Callable[[TrainState, int], tuple[TrainState, dict[str, Any], Facts]]
+    evaluate: Callable[[TrainState], dict[str, float]] | None
+
+
+def shares_trunk(stage: Stage) -> bool:
+    """Whether values are read from the policy's hidden states, not from a model of their own."""
+    return stage.config.hyper.get("value_model") == "shared"
+
+
+def device_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """The arrays a jitted pass takes, rows spread over the mesh."""
+    rows = sharding.rows_sharding(mesh, 3, row_axis=1)
+    return {name: sharding.put_global(value, rows) for name, value in batch.items() if name not in BESIDE}
+
+
+def abstract_batch(stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of the batch that the train step takes."""
+    plan, objective = stage.plan, OBJECTIVES[stage.config.objective]
+    names = ["reference_log_probs"] if objective.needs_reference else []
+    if objective.kind in ("unpaired", "reward"):
+        names.append("labels")
+    if objective.kind == "rollout" and stage.config.objective != "online_dpo":
+        names += ["old_log_probs", "advantages", "weights", "on_policy"]
+        names += ["returns", "old_values"] if stage.values else []
+    dtypes = {"loss_mask": bool} | dict.fromkeys(names, np.float32)
+    shape = (plan.shape.rows // plan.microbatch_rows, plan.microbatch_rows, plan.shape.length)
+    rows = sharding.rows_sharding(stage.mesh, 3, row_axis=1)
+    return {
+        name: jax.ShapeDtypeStruct(
+            (*shape[:2], 1) if name == "on_policy" else shape, dtypes.get(name, np.int32), sharding=rows
+        )
+        for name in (*PACKED, *names)
+    }
+
+
+def facts_of(batches: Sequence[dict[str, np.ndarray]], indices: np.ndarray, **measured: float) -> Facts:
+    tokens = scored = attended = 0
+    for batch in batches:
+        real = batch["segment_ids"] > 0
+        tokens += int(real.sum())
+        scored += int(batch["loss_mask"].sum())
+        attended += int((batch["positions"][real] + 1).sum())
+    return Facts(indices, tokens, scored, attended, measured)
+
+
+def state_shardings(
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    layout: Any,
+    mesh: jax.sharding.Mesh,
+    carry: Iterable[str] = (),
+) -> TrainState:
+    """Shardings, as a TrainState, of a train state: the optimizer's moments lie as their parameters do.
+
+    Args:
+      params: shapes of the trained parameters; `layout` is their shardings.
+      carry: names of the objective's running values.
+    """
+    whole = sharding.replicated(mesh)
+    moments = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, s: s,
+        jax.eval_shape(optimizer.init, params),
+        layout,
+        transform_non_params=lambda _: whole,
+    )
+    return TrainState(cast(Any, whole), layout, moments, cast(Any, dict.fromkeys(carry, whole)))
+
+
+def compile_step(stage: Stage, spec: LossSpec, update: Update, state: Any) -> jax.stages.Compiled:
+    """The one compilation of a stage's train step; `state` and `update.frozen` may be shapes."""
+    start = time.perf_counter()
+    step = jax.jit(make_train_step(spec, update.optimizer), donate_argnums=0, out_shardings=(update.layout, None))
+    compiled = step.lower(state, update.frozen, abstract_batch(stage)).compile()
+    say(f"{stage.name}: train step compiled in {time.perf_counter() - start:.1f} s")
+    return compiled
+
+
+def fresh_state(params: Any, optimizer: optax.GradientTransformation, carry: Mapping[str, float]) -> TrainState:
+    return TrainState(jnp.int32(0), params, optimizer.init(params), {k: jnp.float32(v) for k, v in carry.items()})
