@@ -105,6 +105,7 @@ def stage(objective: str, **fields: Any) -> ConfigDict:
     c.reward.function = ""  # or a Python function: module:function or FILE.py:function (vdjax.train.rewards)
     c.reward.missing_eos_penalty = 0.0  # taken off the reward of a response that does not end by itself
 
+    c.log_kl = False  # log the KL to what the stage starts from even where a preference objective needs no reference
     c.eval_examples = 0  # held out from the end of the data
     c.eval_every = 0  # steps; 0: only before the first and after the last
 

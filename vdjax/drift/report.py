@@ -1,6 +1,7 @@
 """The drift report: CSV tables, figures, TensorBoard and one HTML file, all from the scores of a run."""
 
 import base64
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,8 @@ def write(
     pngs = figures.draw(analysis.stances, analysis.drift, stages, training)
     write_atomically(workdir / "drift" / "stances.csv", analysis.stances.to_csv(index=False, float_format="%.6g"))
     write_atomically(workdir / "drift" / "drift.csv", analysis.drift.to_csv(index=False, float_format="%.6g"))
+    outcomes = summary.outcomes(training, analysis.drift, stages)
+    write_atomically(workdir / "drift" / "stages.csv", outcomes.to_csv(index=False, float_format="%.6g"))
     for name, png in pngs.items():
         write_atomically(workdir / "figures" / f"{name}.png", png)
     for kind in ALTERNATIVES:  # of an earlier report with more topics or stages
@@ -60,7 +63,7 @@ def write(
                 path.unlink()
     last_steps = {s.name: s.total_steps for s in stages}
     tensorboard.write_drift(workdir / "tb" / "drift", analysis.stances, analysis.drift, last_steps, pngs)
-    write_atomically(workdir / "report.html", render(scores, stages, analysis, pngs, facts))
+    write_atomically(workdir / "report.html", render(scores, stages, analysis, outcomes, pngs, facts))
     return analysis
 
 
@@ -68,6 +71,7 @@ def render(
     scores: pd.DataFrame,
     stages: Sequence[StageInfo],
     analysis: Analysis,
+    outcomes: pd.DataFrame,
     pngs: Mapping[str, bytes],
     facts: Mapping[str, Any],
 ) -> str:
@@ -84,6 +88,7 @@ def render(
         "probability": summary.probability,
         "percent": summary.percent,
         "flat": _flat,
+        "number": lambda value: "–" if math.isnan(value) else f"{value:.4g}".replace("-", "−"),
     }
     environment.globals["interval"] = lambda low, high: summary.interval(low, high).replace("-", "−")
     drift = summary.by_importance(analysis.drift)
@@ -98,6 +103,8 @@ def render(
         probes=facts.get("probes") or {},
         particulars={key: value for key, value in facts.items() if key not in known},
         stages=rows,
+        outcomes=outcomes.to_dict("records"),
+        columns=[name for name in summary.OUTCOMES if outcomes[name].notna().any()],
         significant=drift[drift["significant"].astype(bool)].to_dict("records"),
         comparisons=len(drift),
         full=pd.concat([analysis.drift[analysis.drift["topic"] == POOLED], drift]).to_dict("records"),

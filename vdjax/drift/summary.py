@@ -67,6 +67,44 @@ def stage_rows(analysis: Analysis, stages: Sequence[StageInfo]) -> list[dict[str
     return rows
 
 
+OUTCOMES = {  # column: metrics that may fill it, the first that a stage has
+    "loss": ("loss",),
+    "reward_margin": ("reward_margin",),
+    "reward_accuracy": ("reward_accuracy",),
+    "reward": ("reward",),
+    "kl": ("kl_to_reference",),
+    "kl_response": ("kl",),
+}
+LAST = 5  # logged steps that a training metric is averaged over
+
+
+def outcomes(training: pd.DataFrame, drift: pd.DataFrame, stages: Sequence[StageInfo]) -> pd.DataFrame:
+    """How each stage ended: its metrics, held out where they were measured so, and its largest drift.
+
+    Held-out metrics are those of the last evaluation, others the mean of the last five logged steps. `kl` is in nats a
+    token of the data or of the policy's responses, `kl_response` in nats a sampled response.
+    """
+    rows = []
+    for stage in stages:
+        logged = training[training["stage"] == stage.name]
+        row: dict[str, Any] = {"stage": stage.name, "objective": stage.objective, "steps": stage.total_steps}
+        for column, metrics in OUTCOMES.items():
+            found = [_at_end(logged, name) for metric in metrics for name in (f"eval_{metric}", metric)]
+            row[column] = next((value for value in found if not math.isnan(value)), math.nan)
+        moves = drift[(drift["stage"] == stage.name) & (drift["topic"] != POOLED)]
+        sizes = moves["magnitude"].astype(float).abs()
+        largest = moves.loc[sizes.idxmax()] if sizes.notna().any() else None
+        for name in ("topic", "stance", "magnitude", "q_value"):
+            row[f"largest_{name}"] = None if largest is None else largest[name]
+        rows.append(row | {"mean_magnitude": sizes.mean()})
+    return pd.DataFrame(rows)
+
+
+def _at_end(logged: pd.DataFrame, metric: str) -> float:
+    values = logged[logged["metric"] == metric].sort_values("step", kind="stable")["value"].astype(float)
+    return values.tail(1 if metric.startswith("eval_") else LAST).mean()
+
+
 def summary_table(drift: pd.DataFrame) -> str:
     """The terminal's table: for each stage how much moved, and its largest movers. About 20 lines at most."""
     names = list(dict.fromkeys(drift["stage"]))

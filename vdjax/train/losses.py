@@ -103,7 +103,7 @@ def sequence_values(spec: LossSpec, params: Any, batch: Batch) -> dict[str, Floa
     common = jnp.where(in_common(spec, batch), log_probs, 0)
     out = {"value": sequence_sums(log_probs, ids, spec.sequences)}
     out["common"] = sequence_sums(common, ids, spec.sequences)
-    if OBJECTIVES[spec.objective].needs_reference:
+    if "reference_log_probs" in batch:
         # k3, which is never negative; the tokens are the data set's, not samples of the policy.
         kl = kl_estimate(jax.lax.stop_gradient(log_probs), batch["reference_log_probs"], "k3")
         out["kl"] = sequence_sums(jnp.where(mask, kl, 0), ids, spec.sequences)

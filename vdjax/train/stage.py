@@ -69,6 +69,11 @@ def shares_trunk(stage: Stage) -> bool:
     return stage.config.hyper.get("value_model") == "shared"
 
 
+def has_reference(stage: Stage) -> bool:
+    objective = OBJECTIVES[stage.config.objective]
+    return objective.needs_reference or (stage.config.log_kl and objective.kind == "preference")
+
+
 def device_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """The arrays a jitted pass takes, rows spread over the mesh."""
     rows = sharding.rows_sharding(mesh, 3, row_axis=1)
@@ -78,7 +83,7 @@ def device_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[
 def abstract_batch(stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of the batch that the train step takes."""
     plan, objective = stage.plan, OBJECTIVES[stage.config.objective]
-    names = ["reference_log_probs"] if objective.needs_reference else []
+    names = ["reference_log_probs"] if has_reference(stage) else []
     if objective.kind in ("unpaired", "reward"):
         names.append("labels")
     if objective.kind == "rollout" and stage.config.objective != "online_dpo":

@@ -20,7 +20,7 @@ from vdjax.models.lora import join
 from vdjax.objectives import OBJECTIVES
 from vdjax.train.log import progress_over
 from vdjax.train.losses import COUNTS, LossSpec, count_of
-from vdjax.train.stage import Stage, Trainer, Update, compile_step, device_batch, facts_of
+from vdjax.train.stage import Stage, Trainer, Update, compile_step, device_batch, facts_of, has_reference
 from vdjax.train.step import TrainState, make_eval_step, make_score_step
 
 PerToken = dict[str, np.ndarray]  # further arrays of a data set's batches: `pipeline.batches`
@@ -56,7 +56,7 @@ def per_token(stage: Stage, data: Dataset) -> PerToken:
     """What the objective needs to know of each token beside the batch: reference log-probs, labels."""
     objective = OBJECTIVES[stage.config.objective]
     out: PerToken = {}
-    if objective.needs_reference:
+    if has_reference(stage):
         out["reference_log_probs"] = reference(stage, data)
     if objective.kind in ("unpaired", "reward"):
         out["labels"] = np.repeat(data.labels, pipeline.lengths(data))
