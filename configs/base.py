@@ -47,12 +47,16 @@ PREFERENCE_DATA: dict[str, dict[str, Any]] = {
 HYPER: dict[str, dict[str, float]] = {
     "dpo": {"beta": 0.1},
     "simpo": {"beta": 2.0, "gamma": 1.0},  # gamma in the reward's units, not the ratio gamma/beta
+    "ppo": {"kl_coef": 0.05},
 }
-LEARNING_RATES = {"dpo": 5e-7, "simpo": 6e-7}
+LEARNING_RATES = {"dpo": 5e-7, "simpo": 6e-7, "ppo": 1e-6}
 
 
 def experiment(arg: str, sizes: dict[str, str], chat_template: str, preference: str = "") -> ConfigDict:
-    """SFT and, with `preference` (dpo or simpo), a preference stage after it, from one of the base models `sizes`."""
+    """SFT and, with `preference` (dpo, simpo or ppo), that after it, from one of the base models `sizes`.
+
+    PPO has a reward model before it, from the same pairs; it answers their prompts.
+    """
     tables: list[Collection[str]] = [sizes, SFT_DATA, PREFERENCE_DATA if preference else ()]
     size, sft_data, preference_data = _choose(arg, tables)
     c = config.experiment()
@@ -67,7 +71,7 @@ def experiment(arg: str, sizes: dict[str, str], chat_template: str, preference: 
     c.resume_every = 200  # three times a snapshot's bytes each; the last two are kept
     c.log_every = 10
 
-    c.stages = ("sft", preference) if preference else ("sft",)
+    c.stages = ("sft", "reward", "ppo") if preference == "ppo" else ("sft", *filter(None, [preference]))
     c.sft = config.stage(
         "sft",
         data=SFT_DATA[sft_data],
@@ -90,6 +94,18 @@ def experiment(arg: str, sizes: dict[str, str], chat_template: str, preference: 
             optimizer={"learning_rate": LEARNING_RATES[preference]},  # ours
             snapshots={"log_spaced": 8},
         )
+    if preference == "ppo":
+        c.reward = config.stage(
+            "reward_model",
+            data=PREFERENCE_DATA[preference_data],
+            eval_examples=1000,  # ours
+            max_length=2048,  # ours
+            batch_size=128,  # ours
+            optimizer={"learning_rate": 5e-6},  # ours
+        )
+        c.ppo.rollout.update({"max_new_tokens": 512, "epochs": 2, "minibatches": 4})  # ours
+        c.ppo.reward.update({"model": "reward", "missing_eos_penalty": 1.0})  # ours
+        c.ppo.eval_examples = 128  # ours
     return c
 
 

@@ -3,11 +3,12 @@
 Make the model with scripts/get_smollm2.py; --config.model.path is its directory, --config.hh a file of
 anthropics/hh-rlhf such as harmless-base.jsonl.gz. The argument chooses among the objectives, by name or by kind:
 
-    configs/smollm2_objectives.py                    all of them, about an hour on two cores and 35 GB of snapshots
+    configs/smollm2_objectives.py                    all of them
     configs/smollm2_objectives.py:dpo,simpo,kto      these
-    configs/smollm2_objectives.py:preference         pairs; also unpaired, rollout (with the reward model they need)
+    configs/smollm2_objectives.py:preference         pairs; also unpaired, and rollout with its reward model
 
-Twenty steps at one learning rate show that everything runs, not which objective is best: each has a rate of its own.
+Adapters of rank 16 are trained (--config.NAME.lora.rank=0 trains all parameters), which keeps snapshots small. Twenty
+steps at one learning rate show that everything runs, not which objective is best: each would have a rate of its own.
 """
 
 from ml_collections import ConfigDict
@@ -32,10 +33,15 @@ def get_config(chosen: str = "preference,unpaired,rollout") -> ConfigDict:
     c.hh = "data/hh-rlhf/harmless-base.jsonl.gz"
     c.probes.topics = ("immigration", "religion and spirituality")
     c.probes.max_per_topic = 24  # twelve propositions, each asked in both polarities
-    shared = {"max_length": 192, "snapshots": {"log_spaced": 0}, "optimizer": {"learning_rate": 2e-5}}
+    shared = {
+        "max_length": 128,
+        "snapshots": {"log_spaced": 0},
+        "optimizer": {"learning_rate": 3e-4},
+        "lora": {"rank": 16, "alpha": 32.0},
+    }
     hh = {"source": "hh-rlhf", "path": c.get_ref("hh")}
 
-    c.sft = base.stage("sft", data={**hh, "max_examples": 120}, batch_size=4, max_steps=20, **shared)
+    c.sft = base.stage("sft", data={**hh, "max_examples": 160}, batch_size=4, max_steps=20, eval_examples=24, **shared)
     stages = ["sft"]
     if any(OBJECTIVES[name].kind == "rollout" for name in names):
         stages.append("reward")
@@ -43,15 +49,16 @@ def get_config(chosen: str = "preference,unpaired,rollout") -> ConfigDict:
         c.reward = base.stage("reward_model", data=pairs, batch_size=8, eval_examples=64, **shared)
     for name in names:
         kind = OBJECTIVES[name].kind
-        data = {**hh, "skip_examples": 120, "max_examples": 160}
+        data = {**hh, "skip_examples": 160, "max_examples": 240}
         c[name] = base.stage(name, init_from="sft", data=data, batch_size=4, max_steps=20, **shared)
         if kind == "preference":
             c[name].update({"eval_examples": 24, "log_kl": True})
         if kind == "unpaired":
             c[name].update({"eval_examples": 48, "batch_size": 8})  # as many responses as in the pairs
         if kind == "rollout":
-            c[name].batch_size = 16 // c[name].rollout.samples  # sixteen responses a step
-            c[name].rollout.max_new_tokens = 32
+            c[name].batch_size = 8 // c[name].rollout.samples  # eight responses a step
+            c[name].rollout.max_new_tokens = 24
+            c[name].eval_examples = 8
             c[name].reward.update({"model": "reward", "missing_eos_penalty": 1.0})
         stages.append(name)
     c.stages = tuple(stages)

@@ -110,3 +110,14 @@ def test_stages_do_not_share_defaults() -> None:
     one.hyper.beta, one.optimizer.learning_rate = 0.7, 1.0
     assert (other.hyper.beta, other.optimizer.learning_rate) == (0.1, 1e-5)
     assert isinstance(configs.experiment(), ConfigDict)
+
+
+def test_another_objective_brings_its_own_hyper_parameters(write: Path) -> None:
+    """In whatever order the flags stand."""
+    c = configs.load(str(write), ["--config.dpo.hyper.desirable_weight=2.0", "--config.dpo.objective=kto"])
+    assert c.dpo.hyper.to_dict() == {"beta": 0.1, "desirable_weight": 2.0, "undesirable_weight": 1.0}
+    with pytest.raises(UserError, match="did you mean 'simpo'"):
+        configs.load(str(write), ["--config.dpo.objective=simpoo"])
+    both = ["--config.dpo.hyper.gamma=1", "--config.dpo.hyper.gamma_beta_ratio=1"]
+    with pytest.raises(UserError, match="gamma"):
+        configs.load(str(write), ["--config.dpo.objective=simpo", *both])

@@ -9,18 +9,22 @@ from ml_collections import ConfigDict
 
 from vdjax import config as configs
 from vdjax.data.readers import HUB_ID
-from vdjax.data.sources import SOURCES
+from vdjax.data.sources import SOURCES, kinds_of
 from vdjax.errors import UserError
-from vdjax.objectives import OBJECTIVES
+from vdjax.train.plan import data_kind
 
 FOLDER = Path(__file__).parents[1] / "configs"
 SFT_DATA, PREFERENCE_DATA = ("wildchat", "alpaca"), ("ultrafeedback", "hh-rlhf")
 PAPER = {  # file -> what each word of its argument may be
     f"{family}_{objective}.py": (sizes, SFT_DATA, *([PREFERENCE_DATA] if objective != "sft" else []))
     for family, sizes in (("qwen3", ("4b", "8b")), ("llama3", ("3b", "8b")))
-    for objective in ("sft", "dpo", "simpo")
+    for objective in ("sft", "dpo", "simpo", "ppo")
 }
-ARGUMENTS = {"smoke.py": ["", "qwen", "llama"]} | {
+ARGUMENTS = {
+    "smoke.py": ["", "qwen", "llama"],
+    "smoke_ppo.py": ["", "rloo", "grpo", "dr_grpo", "dapo", "online_dpo"],
+    "smollm2_objectives.py": ["", "dpo,kto", "rollout"],
+} | {
     name: ["", *(",".join(words) for words in itertools.product(*parts))] for name, parts in PAPER.items()
 }
 FILES = sorted(f.name for f in FOLDER.glob("*.py") if f.name not in ("base.py", "__init__.py"))
@@ -38,7 +42,7 @@ def test_config_can_be_run(name: str) -> None:
         data = stage.data
         assert stage.eval_examples > 0 or stage.objective == "pretrain"
         if data.source != "auto":
-            assert OBJECTIVES[stage.objective].kind in SOURCES[data.source].kinds
+            assert data_kind(stage.objective) in kinds_of(SOURCES[data.source])
         if not Path(data.path).suffix:  # a hub id: only a whole commit hash pins what is read
             assert HUB_ID.fullmatch(data.path)
             assert re.fullmatch(r"[0-9a-f]{40}", data.revision)
@@ -55,7 +59,8 @@ def test_paper_config_says_what_the_paper_says(name: str) -> None:
     objective = name.removesuffix(".py").split("_")[1]
     for size, sft_data in itertools.product(*PAPER[name][:2]):
         c = load(f"{name}:{size},{sft_data}")
-        assert c.stages == (("sft",) if objective == "sft" else ("sft", objective))
+        after = {"sft": (), "ppo": ("reward", "ppo")}.get(objective, (objective,))
+        assert c.stages == ("sft", *after)
         assert size in c.model.path.lower()
         assert sft_data in c.sft.data.path.lower()
         assert c.sft.epochs == 3

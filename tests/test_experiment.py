@@ -181,3 +181,39 @@ def test_going_on_with_other_data_is_refused(
     (folder / "sft.jsonl").write_text("\n".join([*lines[1:], lines[0]]) + "\n")
     with pytest.raises(UserError, match=r"sft: the data changed since .* was written"):
         experiment.run(config, tmp_path / "run", "COMMAND")
+
+
+def test_adapters_through_a_whole_experiment(tiny_data: Path, tmp_path: Path) -> None:
+    """Snapshots hold adapters alone; a stage starts from what the one before it merges to, which is its reference."""
+    overrides = [f"--config.{stage}.{field}" for stage in STAGES for field in ("lora.rank=2", "epochs=1")]
+    config = configs.load(tiny.config_spec(tiny_data), [*overrides, "--config.dpo.objective=kto"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "peak_flops", lambda: 1e9)
+        experiment.run(config, tmp_path / "run", "COMMAND")
+    last = max(snapshots.kept(tmp_path / "run" / "sft" / "snapshots"))
+    after_sft, before_dpo, after_dpo = (
+        experiment.open_snapshot(tmp_path / "run" / stage / "snapshots" / str(step)).params
+        for stage, step in (("sft", last), ("dpo", 0), ("dpo", max(snapshots.kept(tmp_path / "run/dpo/snapshots"))))
+    )
+    for name, kernel in after_sft["layers"].items():
+        np.testing.assert_array_equal(kernel, before_dpo["layers"][name], err_msg=name)
+        assert (np.asarray(kernel) != after_dpo["layers"][name]).any() == name.endswith("_proj")
+    read = snapshots.open_reader(tmp_path / "run" / "dpo" / "snapshots" / "0")
+    assert read(("layers", "q_proj_lora_a"), (slice(0, 2), slice(0, 32), slice(0, 2))).shape == (2, 32, 2)
+    with pytest.raises(UserError, match="parameter layers.q_proj cannot be read"):
+        read(("layers", "q_proj"), (slice(0, 1),) * 3)
+    first = next(row for row in metrics(tmp_path / "run", "dpo") if "loss" in row)
+    assert first["loss"] == pytest.approx(0.5, abs=1e-5) and first["kl_to_reference"] == pytest.approx(0, abs=1e-6)
+    assert first["examples"] == 3 and first["desirable"] + first["undesirable"] == 3
+    drift = pd.read_csv(tmp_path / "run" / "drift" / "drift.csv")
+    assert set(drift["stage"]) == set(STAGES) and drift["magnitude"].abs().max() > 0
+
+
+def test_a_reference_free_objective_logs_its_kl_when_asked(tiny_data: Path, tmp_path: Path) -> None:
+    overrides = ["--config.dpo.objective=simpo", "--config.dpo.log_kl=True", "--config.dpo.snapshots.probe=False"]
+    config = configs.load(tiny.config_spec(tiny_data), [*overrides, "--config.sft.snapshots.probe=False"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "peak_flops", lambda: 1e9)
+        experiment.run(config, tmp_path / "run", "COMMAND")
+    rows = [row for row in metrics(tmp_path / "run", "dpo") if "loss" in row]
+    assert abs(rows[0]["kl_to_reference"]) < 1e-6 < rows[-1]["kl_to_reference"]

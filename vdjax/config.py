@@ -193,7 +193,8 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     if arg and not inspect.signature(module.get_config).parameters:
         raise UserError(f"--config {spec}: {path} takes no argument behind the colon")
     config = module.get_config(arg) if arg else module.get_config()
-    for flag in overrides:
+    # Another objective brings its own hyper-parameters, which other flags may then set.
+    for flag in sorted(overrides, key=lambda flag: not flag.partition("=")[0].endswith(".objective")):
         override(config, flag)
     _check(config, path)
     return config
@@ -225,6 +226,10 @@ def override(config: ConfigDict, flag: str) -> None:
         value = text
     if isinstance(node.get(parts[-1]), bool) and text in ("true", "false"):
         value = text == "true"
+    if parts[-1] == "objective" and len(parts) == 3:
+        fresh = stage(text)
+        node.hyper, node.rollout.samples = fresh.hyper, fresh.rollout.samples
+        node.snapshots.probe = fresh.snapshots.probe
     _assign(node, parts[-1], value, f"--{key}")
 
 
@@ -302,7 +307,7 @@ def _check_rollout(config: ConfigDict, name: str, path: str) -> None:
     if part.init_from in rewards:
         raise UserError(f"{where}.init_from={part.init_from!r} is a reward model, which cannot sample responses")
     if part.objective in SAMPLES and part.rollout.samples < 2:
-        raise UserError(f"{where}.rollout.samples={part.rollout.samples}: {part.objective} compares at least 2 responses")
+        raise UserError(f"{where}.rollout.samples={part.rollout.samples}: {part.objective} compares two or more")
     if part.rollout.max_new_tokens >= part.max_length:
         raise UserError(
             f"{where}: rollout.max_new_tokens={part.rollout.max_new_tokens} leaves no room for a prompt "

@@ -27,7 +27,7 @@ from vdjax.objectives import OBJECTIVES
 from vdjax.probes import evaluator, readouts, sets
 from vdjax.train import loop, rewards, rollouts, supervised
 from vdjax.train.log import progress_over, say
-from vdjax.train.plan import StagePlan, plan_stage
+from vdjax.train.plan import StagePlan, data_kind, plan_stage
 from vdjax.train.stage import Stage
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "tensorstore", "numpy", "scipy")
@@ -161,10 +161,9 @@ def open_snapshot(snapshot: Path, mesh: Mapping[str, int] = MappingProxyType({"f
 
 def plan(config: ConfigDict, name: str, made: Setup, workdir: Path) -> StagePlan:
     """Renders (or finds rendered) a stage's data and lays out its steps."""
-    stage = config[name]
-    kind = {"reward": "preference", "rollout": "prompt"}.get(OBJECTIVES[stage.objective].kind)
-    kind = kind or OBJECTIVES[stage.objective].kind
-    data = pipeline.build(stage, kind, made.tokenizer, made.template, workdir / "data", seed=config.seed)
+    stage, cache = config[name], workdir / "data"
+    kind = data_kind(stage.objective)
+    data = pipeline.build(stage, kind, made.tokenizer, made.template, cache, seed=config.seed)
     # One seed for all stages: those that differ in the objective alone meet the same examples in the same order.
     return plan_stage(stage, data, sharding.batch_shards(made.mesh), config.seed, f"config.{name}")
 

@@ -15,7 +15,7 @@ from vdjax import sharding
 from vdjax.models.functional import shardings
 from vdjax.sampling import Sampling, generate
 from vdjax.sampling.decode import prefill, unstacked
-from vdjax.sampling.generate import pad_left, put
+from vdjax.sampling.generate import layout, put
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, tiny.VOCAB, n).tolist() for n in (5, 1, 40, 17, 3, 9, 30, 20, 2, 11)]
@@ -26,7 +26,7 @@ def sample(made: Any, start: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         params = jax.tree.map(lambda x, s: sharding.put_global(np.asarray(x), s), start, shardings(made, mesh))
         out = generate(made, params, PROMPTS, list(range(10)), Sampling(10, 0.9, 0.95), STOPS, mesh)
-        batch = put(pad_left(PROMPTS[:8], np.arange(8)[:, None], (8, 48)), mesh)
+        batch = put(layout(PROMPTS[:8], np.arange(8)[:, None], (8, 48), sharding.batch_shards(mesh)), mesh)
 
         def caches(params: Any) -> Any:
             return prefill(made.graphdef, unstacked(made.graphdef, params), batch, 5)[0].cache

@@ -21,7 +21,7 @@ from vdjax.models.functional import Model, make_model
 from vdjax.models.log_probs import token_log_probs
 from vdjax.sampling import Samples, Sampling, generate
 from vdjax.sampling.decode import decode
-from vdjax.sampling.generate import bucket, knobs, pad_left
+from vdjax.sampling.generate import bucket, knobs, layout
 
 MESH = sharding.make_mesh(devices=jax.devices()[:1])
 RNG = np.random.default_rng(0)
@@ -120,7 +120,7 @@ def test_the_loop_ends_when_all_rows_have(qwen: tuple[Model, Any]) -> None:
     every = tuple(range(tiny.VOCAB))
     got = sample(qwen, stop_ids=every)
     assert (got.lengths == 1).all() and got.stopped.all() and not got.tokens[:, 1:].any()
-    batch = pad_left([PROMPTS[0]], np.array([[1]]), (1, 16))
+    batch = layout([PROMPTS[0]], np.array([[1]]), (1, 16))
     made, params = qwen
 
     def steps(stop_ids: tuple[int, ...]) -> int:
@@ -151,7 +151,7 @@ def test_snapshots_under_vmap_each_give_their_own(llama: tuple[Model, Any]) -> N
     stacked = jax.tree.map(lambda axis, *leaves: jnp.stack(leaves, axis), axes, *trees)
     free = [sample((made, tree)) for tree in trees]
     stops = (int(free[0].tokens[0, 1]), int(free[1].tokens[1, 3]), *free[2].tokens[:, 0].tolist())
-    batch = pad_left(PROMPTS, np.array(SEEDS)[:, None], (5, 48))
+    batch = layout(PROMPTS, np.array(SEEDS)[:, None], (5, 48))
 
     def one(params: Any) -> Samples:
         how = {"max_new_tokens": NEW, "stop_ids": stops, "filtered": False}
@@ -208,6 +208,20 @@ def test_widths_are_few_and_never_short() -> None:
     widths = [bucket(n) for n in range(1, 5000)]
     assert all(n <= w < max(n + 16, 1.25 * n + 1) for n, w in enumerate(widths, 1))
     assert len(set(widths)) < 32
+
+
+def test_prompts_are_packed_equal_ones_once_and_found_again() -> None:
+    prompts = [PROMPTS[2], PROMPTS[2], PROMPTS[0], PROMPTS[3], PROMPTS[2], PROMPTS[4], PROMPTS[1]]
+    for groups, packed in ((1, 2), (2, 2)):
+        batch = layout(prompts, np.arange(7)[:, None], (8, 48), groups)
+        assert batch.tokens.shape == (groups, packed, 48) and batch.seeds[:, 0].tolist() == [*range(7), 0]
+        assert batch.lengths.tolist() == [*map(len, prompts), 0]
+        for row, prompt in enumerate(prompts):
+            g, places = row // (8 // groups), batch.places.reshape(8, 48)[row, -len(prompt) :]
+            tokens, positions, segments = (x[g].ravel()[places] for x in batch[:3])
+            assert tokens.tolist() == prompt and positions.tolist() == list(range(len(prompt)))
+            assert len(set(segments.tolist())) == 1 and segments[0] > 0
+        assert (batch.segments > 0).sum() == (40 + 5 + 17 + 3 + 1 + (40 if groups == 2 else 0))
 
 
 def test_wrong_arguments_are_refused(qwen: tuple[Model, Any]) -> None:

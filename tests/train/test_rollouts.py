@@ -1,4 +1,4 @@
-"""Learning from sampled responses: small problems with known answers, the first step, interruption, the loss's gradient."""
+"""Learning from sampled responses: problems with known answers, the first step, interruption, the loss's gradient."""
 
 import json
 import signal
@@ -95,6 +95,16 @@ def test_online_preferences_move_the_reward(tiny_data: Path, tmp_path: Path) -> 
     assert first["reward_margin"] == pytest.approx(0, abs=1e-4) and first["loss"] == pytest.approx(25, abs=1e-2)
     assert 0 < first["pairs"] <= 8
     assert rows[-1]["eval_reward"] > rows[0]["eval_reward"] + 0.3
+
+
+def test_equal_rewards_teach_nothing_and_stop_nothing(tiny_data: Path, tmp_path: Path) -> None:
+    """No pair, or no advantage, in minibatches of which one has no prompt."""
+    overrides = ["--config.rl.max_steps=3", "--config.rl.rollout.minibatches=2", "--config.rl.batch_size=2"]
+    overrides.append(f"--config.rl.reward.function={tiny.HERE / 'tiny_rewards.py'}:nothing")
+    for name in ("online_dpo", "grpo"):
+        workdir = run(config_of(tiny_data, name, *overrides), tmp_path / name)
+        rows = [row for row in metrics(workdir, "rl") if "loss" in row]
+        assert [row["grad_norm"] for row in rows] == [0] * 3 and len({row["kl"] for row in rows}) == 1
 
 
 # A whole experiment: reward model and PPO
@@ -224,7 +234,8 @@ def test_gradients_agree_with_finite_differences(qwen: tuple[Model, Any], hyper:
         direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), params)
         slope = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
         step = 2e-4
-        ahead, behind = (jax.tree.map(lambda p, d: p + s * d, params, direction) for s in (step, -step))
+        ahead = jax.tree.map(lambda p, d: p + step * d, params, direction)
+        behind = jax.tree.map(lambda p, d: p - step * d, params, direction)
         measured = (loss(ahead) - loss(behind)) / (2 * step)
     assert abs(float(slope)) > 1e-3
     assert float(measured) == pytest.approx(float(slope), rel=2e-2)
@@ -245,7 +256,7 @@ def test_configs_of_sampled_stages_are_checked(tiny_data: Path) -> None:
     for override, message in (
         ("--config.rl.reward.function=", "give either model"),
         ("--config.rl.reward.model=x", "give either model"),
-        ("--config.rl.rollout.samples=1", "compares at least 2 responses"),
+        ("--config.rl.rollout.samples=1", "compares two or more"),
         ("--config.rl.rollout.max_new_tokens=96", "leaves no room for a prompt"),
         ("--config.rl.hyper.kl_estimator=k4", "kl_estimator='k4'"),
     ):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from flax import nnx
 from scipy.special import expit, log_expit
 
 from vdjax import config as configs
@@ -16,7 +17,10 @@ from vdjax import sharding
 from vdjax.data import pipeline
 from vdjax.data.packing import Shape
 from vdjax.data.pipeline import Dataset
-from vdjax.models.functional import Model
+from vdjax.models.config import from_hf
+from vdjax.models.functional import Model, init_adapters, make_model, shardings, trained_part
+from vdjax.models.lora import Lora, join, merge
+from vdjax.objectives import OBJECTIVES, Pairs, Unpaired
 from vdjax.train import supervised
 from vdjax.train.losses import LossSpec
 from vdjax.train.plan import StagePlan
@@ -204,3 +208,125 @@ def test_dpo_begins_at_ln_2_and_keeps_its_reference(
         changed = supervised.reference(stage._replace(start=lambda: other), PAIRS)
         assert "jit(score_step)" in names
     assert np.abs(changed - reference).max() > 1e-6
+
+
+# Every other objective, against the gradient of its loss on plain log-probs of responses scored one by one
+
+LABELS = np.array([1, 0, 0, 1, 1, 0, 1], np.float32)
+KEPT = {"bco_pair": {"mean": 0.4, "count": 6.0}, "bco": {"mean": 0.4, "count": 6.0}}
+
+
+def direct_loss(made: Model, params: Any, name: str, hyper: dict[str, Any], reference: np.ndarray) -> jax.Array:
+    """The mean loss over the seven pairs of PAIRS (or, unpaired, over their first responses)."""
+    parts = tiny.each_alone([pipeline.example(PAIRS, i) for i in range(7)])
+    token_log_probs = jnp.where(parts.scored, tiny.naive_log_probs(made, params, parts.rows), 0)
+    at = np.where(parts.scored, PAIRS.offsets[parts.source[..., 0]] + parts.source[..., 1], 0)
+    token_reference = np.where(parts.scored, reference[at], 0)
+    length = parts.scored.sum(1)
+    shorter = np.minimum(length[::2], length[1::2]).repeat(2)
+    first = parts.scored & (np.cumsum(parts.scored, axis=1) <= shorter[:, None])
+
+    def both(x: Any) -> tuple[Any, Any]:
+        return x[::2], x[1::2]
+
+    policy, ref = both(token_log_probs.sum(1)), both(token_reference.sum(1))
+    common = both(jnp.where(first, token_log_probs, 0).sum(1))
+    reference_common = both(np.where(first, token_reference, 0).sum(1))
+    objective, everything = OBJECTIVES[name], np.ones(7, bool)
+    carry = {key: jnp.float32(value) for key, value in (KEPT.get(name) or objective.carry).items()}
+    if objective.kind == "unpaired":
+        mismatched = jax.lax.stop_gradient(policy[1])
+        examples = Unpaired(policy[0], length[::2], ref[0], LABELS > 0.5, mismatched, ref[1])
+        return objective.fn(examples, everything, carry, **hyper)[0].mean()
+    pairs = Pairs(*policy, *both(length.astype(np.float32)), *ref, *common, *reference_common)
+    out = objective.fn(pairs, everything, carry, **hyper) if objective.batch_level else objective.fn(pairs, **hyper)
+    return out[0].mean()
+
+
+OTHERS = [n for n, o in OBJECTIVES.items() if o.kind == "unpaired" or (o.kind == "preference" and o.batch_level)]
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "ld_dpo", "orpo", "simpo"])
+def test_any_objective_has_the_gradient_of_its_loss_over_the_whole_batch(
+    qwen: tuple[Model, Any], cases: dict[str, Case], name: str
+) -> None:
+    """Over seven microbatches of one row, some of them empty; a step's loss may look at all pairs at once."""
+    made, params = qwen
+    objective = OBJECTIVES[name]
+    hyper = dict(objective.hyper) | ({"rpo_alpha": 0.5} if name == "aot" else {})
+    carry = {key: jnp.float32(value) for key, value in (KEPT.get(name) or objective.carry).items()}
+    # Near the policy's own log-probs, so that no loss is flat there.
+    own = np.concatenate(tiny.brute_force(made, params, [pipeline.example(PAIRS, i) for i in range(7)]))
+    reference = np.where(PAIRS.loss_mask, own + 0.3 * cases["dpo"].reference / 5, 0).astype(np.float32)
+    beside = {"reference_log_probs": reference, "labels": np.repeat(LABELS, pipeline.lengths(PAIRS))}
+    batches = pipeline.batches(PAIRS, pipeline.in_order(7, 7), Shape(9, 64, 14), 1, beside)
+    batch = {k: v for k, v in batches[0].items() if k not in BESIDE}
+    loss, gradient = jax.jit(jax.value_and_grad(lambda p: direct_loss(made, p, name, hyper, reference)))(params)
+
+    spec = LossSpec(made.graphdef, name, hyper, 14, 16, 1)
+    step = jax.jit(make_train_step(spec, optax.sgd(1.0)))
+    state, metrics = step(TrainState(jnp.int32(0), params, optax.sgd(1.0).init(params), carry), {}, batch)
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5, abs=1e-6)
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient))
+    assert largest > 1e-4
+    moved = jax.tree.map(lambda a, b: a - b, params, state.params)
+    for got, want in zip(jax.tree.leaves(moved), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(largest, 1))
+    if "count" in carry:
+        assert float(state.carry["count"]) > float(carry["count"])
+
+
+def test_a_reward_model_scores_the_last_token_and_learns_from_margins(tmp_path: Path) -> None:
+    made = make_model(from_hf(tiny.SHAPES["qwen"], where="qwen"), tiny.MODEL, head="score")
+    params = tiny.model("qwen")[1] | {"score": jnp.linspace(-1, 1, 32)}
+    margins = np.linspace(0, 2, 7).astype(np.float32)
+    hyper = {"margin_scale": 0.5, "center_rewards_coefficient": 0.1}
+    parts = tiny.each_alone([pipeline.example(PAIRS, i) for i in range(7)])
+    last = parts.scored.shape[1] - parts.scored[:, ::-1].argmax(1)
+
+    def direct(params: Any) -> jax.Array:
+        rows = parts.rows
+        positions, segments = np.broadcast_to(np.arange(64), rows.shape), np.ones_like(rows)
+        model = nnx.merge(made.graphdef, params)
+        scores = model.scores(model(rows, positions, segments))[np.arange(14), last]
+        chosen, rejected = scores[::2], scores[1::2]
+        losses = -jax.nn.log_sigmoid(chosen - rejected - 0.5 * margins) + 0.1 * (chosen + rejected) ** 2
+        return losses.mean()
+
+    loss, gradient = jax.value_and_grad(direct)(params)
+    batches = pipeline.batches(
+        PAIRS, pipeline.in_order(7, 7), Shape(8, 64, 14), 2, {"labels": np.repeat(margins, pipeline.lengths(PAIRS))}
+    )
+    batch = {k: v for k, v in batches[0].items() if k not in BESIDE}
+    step = jax.jit(make_train_step(LossSpec(made.graphdef, "reward_model", hyper, 14, 16, 1), optax.sgd(1.0)))
+    state, metrics = step(start(params), {}, batch)
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    moved = jax.tree.map(lambda a, b: a - b, params, state.params)
+    for got, want in zip(jax.tree.leaves(moved), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+def test_adapters_alone_are_trained(qwen: tuple[Model, Any], cases: dict[str, Case]) -> None:
+    """Their gradient is that of the merged model by the chain rule; nothing else has any."""
+    _, base = qwen
+    lora = Lora(3, 6.0, ("q_proj", "down_proj"))
+    made = make_model(from_hf(tiny.SHAPES["qwen"], where="qwen"), tiny.MODEL, lora=lora)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    adapters = init_adapters(made, seed=3, shardings=trained_part(made, shardings(made, mesh)))
+    adapters = jax.tree.map(lambda x: x + 0.05, adapters)
+    batch = batch_of(PAIRS, LAYOUTS[0], cases["dpo"].reference)
+    step = jax.jit(make_train_step(spec_of(made, "dpo"), optax.sgd(1.0)))
+    state, metrics = step(start(adapters), base, batch)
+    assert jax.tree.structure(state.params) == jax.tree.structure(adapters)
+
+    plain = tiny.model_without_params("qwen")
+    merged = merge(join(base, adapters), lora)
+    at_merged, same = plain_step(plain, "dpo")(start(merged), batch)
+    assert float(metrics["loss"]) == pytest.approx(float(same["loss"]), rel=1e-5)
+    kernels = jax.tree.map(lambda a, b: a - b, merged, at_merged.params)["layers"]
+    for name in lora.targets:
+        a, b = (adapters["layers"][f"{name}_lora_{side}"] for side in "ab")
+        want = {"a": 2 * kernels[name] @ b.swapaxes(1, 2), "b": 2 * a.swapaxes(1, 2) @ kernels[name]}
+        for side in "ab":
+            moved = adapters["layers"][f"{name}_lora_{side}"] - state.params["layers"][f"{name}_lora_{side}"]
+            np.testing.assert_allclose(moved, want[side], rtol=0, atol=1e-5 * float(jnp.abs(want[side]).max() + 1))

@@ -110,6 +110,7 @@ def place(values: Sequence[np.ndarray], source: Int[np.ndarray, "rows length 2"]
     starts = np.cumsum([0, *(len(v) for v in values)])
     valid = source[..., 0] >= 0
     out = np.zeros(valid.shape, np.float32)
-    out[valid] = np.concatenate(values)[starts[source[valid, 0]] + source[valid, 1]]
+    if valid.any():
+        out[valid] = np.concatenate(values)[starts[source[valid, 0]] + source[valid, 1]]
     return out
 

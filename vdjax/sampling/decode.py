@@ -1,6 +1,7 @@
 """Sampling with a key-value cache: the prompts of a batch in one pass, then a token of every row at a time.
 
-Prompts are padded on the left, so that all rows write a step's keys and values into one slot of their caches.
+Prompts are packed for their pass, equal ones once. In the caches all end at one slot, as if padded on the left, so that
+all rows write a token's keys and values into the same slot.
 """
 
 import functools
@@ -28,9 +29,15 @@ class Samples(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """A batch of prompts. A row of length 0 is no row: nothing is sampled behind it."""
+    """A batch of prompts (`vdjax.sampling.generate.layout`), in one group for each of the batch's shards.
 
-    tokens: Int32[Any, "rows width"]  # padded on the left
+    A row of length 0 is no row: nothing is sampled behind it.
+    """
+
+    tokens: Int32[Any, "groups packed width"]
+    positions: Int32[Any, "groups packed width"]
+    segments: Int32[Any, "groups packed width"]  # 0 is padding
+    places: Int32[Any, "groups each width"]  # of a row's tokens among its group's; they end at the right
     lengths: Int32[Any, "rows"]
     seeds: UInt32[Any, "rows parts"]  # of each row's own random numbers
 
@@ -81,12 +88,17 @@ def prefill(
     graphdef: nnx.GraphDef, layers: list[Params], prompts: Prompts, max_new_tokens: int
 ) -> tuple[State, Float[Array, "rows width"]]:
     """Caches that hold the prompts, and the hidden states that predict the first tokens."""
-    rows, width = prompts.tokens.shape
+    groups, each, width = prompts.places.shape
+    rows = groups * each
     model = nnx.merge(graphdef, layers[0])
-    positions = jnp.arange(width) - (width - prompts.lengths[:, None])
-    segments = (positions >= 0).astype(jnp.int32)
-    cos, sin = rope_tables(model.cfg, jnp.maximum(positions, 0))
-    x = _embed(model, prompts.tokens)
+    tokens, positions, segments = (x.reshape(-1, width) for x in prompts[:3])
+    cos, sin = rope_tables(model.cfg, positions)
+    x = _embed(model, tokens)
+
+    def unpacked(packed: Array, places: Array) -> Array:
+        flat = packed.reshape(groups, -1, *packed.shape[2:])
+        return jax.vmap(lambda values, at: values[at])(flat, places).reshape(rows, *places.shape[2:], *flat.shape[2:])
+
     no_room, room = (0, 0), (0, max_new_tokens - 1)
     cache = []
     for params in layers:
@@ -94,20 +106,21 @@ def prefill(
         q, k, v = layer.attention_inputs(x, cos, sin)
         mixed = attention(q, k, v, segments, jnp.zeros_like(segments), query_chunk=layer.query_chunk)
         x = layer.after_attention(x, mixed)
-        keys = jnp.pad(k.transpose(0, 2, 3, 1), (no_room, no_room, no_room, room))
-        values = jnp.pad(v.transpose(0, 2, 1, 3), (no_room, no_room, room, no_room))
+        keys = jnp.pad(unpacked(k, prompts.places).transpose(0, 2, 3, 1), (no_room, no_room, no_room, room))
+        values = jnp.pad(unpacked(v, prompts.places).transpose(0, 2, 1, 3), (no_room, no_room, room, no_room))
         cache.append(_pinned(keys, values))
     grid = jnp.zeros((rows, max_new_tokens))
     none = jnp.zeros(rows, jnp.int32)
+    last = unpacked(x, prompts.places[..., -1])
     samples = Samples(grid.astype(jnp.int32), none, grid, none > 0)
-    return State(jnp.int32(0), none, prompts.lengths > 0, samples, cache), _last_norm(model, x[:, -1])
+    return State(jnp.int32(0), none, prompts.lengths > 0, samples, cache), _last_norm(model, last)
 
 
 def forward(
     graphdef: nnx.GraphDef, layers: list[Params], prompts: Prompts, state: State
 ) -> tuple[State, Float[Array, "rows width"]]:
     """Puts the last tokens into the caches and gives the hidden states that predict the next ones."""
-    width = prompts.tokens.shape[1]
+    width = prompts.places.shape[2]
     model = nnx.merge(graphdef, layers[0])
     slot = width + state.step - 1
     cos, sin = rope_tables(model.cfg, (prompts.lengths + state.step - 1)[:, None])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdjax import sharding
+from vdjax.data import packing
 from vdjax.errors import UserError
 from vdjax.models.functional import Model
 from vdjax.sampling.decode import Knobs, Prompts, Samples, decode
@@ -71,7 +72,7 @@ def generate(
     )
     batches = list(_batches([len(prompt) for prompt in prompts], rows or ROWS * shards, shards))
     for places, shape in progress(batches, len(batches)):
-        batch = put(pad_left([prompts[i] for i in places], numbers[places], shape), mesh)
+        batch = put(layout([prompts[i] for i in places], numbers[places], shape, shards), mesh)
         samples = run(model, params, batch, sampling, stop_ids)
         for whole, part in zip(out, samples, strict=True):
             whole[places] = sharding.fetch(part)[: len(places)]
@@ -108,14 +109,33 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def pad_left(prompts: Sequence[Sequence[int]], seeds: np.ndarray, shape: tuple[int, int]) -> Prompts:
-    """A batch of shape [rows, width]; rows without a prompt have the length 0."""
-    out = Prompts(np.zeros(shape, np.int32), np.zeros(shape[0], np.int32), np.zeros((shape[0], seeds.shape[1]), "u4"))
-    for row, prompt in enumerate(prompts):
-        out.tokens[row, shape[1] - len(prompt) :] = prompt
-        out.lengths[row] = len(prompt)
-    out.seeds[: len(seeds)] = seeds
-    return out
+def layout(prompts: Sequence[Sequence[int]], seeds: np.ndarray, shape: tuple[int, int], groups: int = 1) -> Prompts:
+    """A batch of `shape` [rows, width]: each group's prompts packed into a multiple of a quarter of its rows.
+
+    Equal prompts of a group are packed once. Rows without a prompt have the length 0.
+    """
+    (rows, width), each = shape, shape[0] // groups
+    parts = [[tuple(prompt) for prompt in prompts[start : start + each]] for start in range(0, rows, each)]
+    distinct = [list(dict.fromkeys(part)) for part in parts]
+    packs = [packing.best_fit([len(prompt) for prompt in part], width) for part in distinct]
+    step = max(1, each // 4)
+    grid = (groups, -(-max(map(len, packs)) // step) * step, width)
+    tokens, positions, segments = (np.zeros(grid, np.int32) for _ in range(3))
+    places, lengths = np.zeros((groups, each, width), np.int32), np.zeros(rows, np.int32)
+    for g, pack in enumerate(packs):
+        starts: dict[tuple[int, ...], int] = {}
+        for r, items in enumerate(pack):
+            at = 0
+            for number, prompt in enumerate((distinct[g][i] for i in items), start=1):
+                here = slice(at, at + len(prompt))
+                tokens[g, r, here], positions[g, r, here], segments[g, r, here] = prompt, range(len(prompt)), number
+                starts[prompt], at = r * width + at, here.stop
+        for row, prompt in enumerate(parts[g]):
+            places[g, row, width - len(prompt) :] = starts[prompt] + np.arange(len(prompt))
+            lengths[g * each + row] = len(prompt)
+    numbers = np.zeros((rows, seeds.shape[1]), np.uint32)
+    numbers[: len(seeds)] = seeds
+    return Prompts(tokens, positions, segments, places, lengths, numbers)
 
 
 def put(batch: Prompts, mesh: jax.sharding.Mesh) -> Prompts:

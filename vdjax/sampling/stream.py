@@ -10,7 +10,7 @@ import numpy as np
 from vdjax import sharding
 from vdjax.models.functional import Model
 from vdjax.sampling.decode import advance, start, unstacked
-from vdjax.sampling.generate import Sampling, check, filtered, knobs, pad_left, put
+from vdjax.sampling.generate import Sampling, check, filtered, knobs, layout, put
 
 SHORTEST = 128  # padded width of a prompt; it doubles as a conversation grows, and each doubling compiles
 
@@ -31,7 +31,7 @@ def streamer(
 
     def stream(prompt: Sequence[int], seed: tuple[int, ...]) -> Iterator[int]:
         width = max(SHORTEST, 2 ** (len(prompt) - 1).bit_length())
-        batch = put(pad_left([prompt], np.array([seed]), (rows, width)), mesh)
+        batch = put(layout([prompt], np.array([seed]), (rows, width), rows), mesh)
         state = first(layers, batch, knobs(sampling))
         yield int(sharding.fetch(state.last)[0])
         for _ in range(sampling.max_new_tokens - 1):

@@ -24,6 +24,12 @@ class StagePlan(NamedTuple):
     snapshot_steps: list[int]
 
 
+def data_kind(objective: str) -> str:
+    """The kind of examples (`vdjax.data.sources.KINDS`) that an objective learns from."""
+    kind = OBJECTIVES[objective].kind
+    return {"reward": "preference", "rollout": "prompt"}.get(kind, kind)
+
+
 def plan_stage(stage: ConfigDict, data: Dataset, shards: int, seed: int, where: str) -> StagePlan:
     """Splits off the held-out examples and lays out the batches.
 

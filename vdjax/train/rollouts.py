@@ -87,7 +87,7 @@ def prepare(
     return trainer
 
 
-def update_spec(stage: Stage, **changes: Any) -> LossSpec:
+def update_spec(stage: Stage) -> LossSpec:
     """The loss of the updates: the stage's own, or of online preference optimization the one on its pairs."""
     name, hyper = stage.config.objective, stage.config.hyper.to_dict()
     if name == "online_dpo":
@@ -307,15 +307,14 @@ def minibatch(
     """Some of the prompts with their responses as a batch, with the weights that their tokens have in its loss."""
     plan, config = stage.plan, stage.config
     if "advantages" in beside:
-        sizes = [np.bincount(pipeline.example(data, i).branches)[1:] for i in part]
-        weights = token_weights(
-            np.concatenate(sizes), config.hyper.weights, max_new_tokens=config.rollout.max_new_tokens
-        )
-        each = iter(weights)
+        branches = [pipeline.example(data, i).branches for i in part]
+        lengths = np.array([np.bincount(b)[1:] for b in branches], np.int64).reshape(len(part), config.rollout.samples)
+        longest = config.rollout.max_new_tokens
+        weights = token_weights(lengths.ravel(), config.hyper.weights, max_new_tokens=longest).reshape(lengths.shape)
         beside = beside | {"weights": np.zeros(len(data.tokens), np.float32)}
-        for i, lengths in zip(part, sizes, strict=True):
+        for i, size, weight in zip(part, lengths, weights, strict=True):
             end = data.offsets[i + 1]
-            beside["weights"][end - lengths.sum() : end] = np.repeat([next(each) for _ in lengths], lengths)
+            beside["weights"][end - size.sum() : end] = np.repeat(weight, size)
     batch = pipeline.batches(data, steps_of([part]), plan.shape, plan.microbatch_rows, beside)[0]
     if "advantages" in beside:
         batch["on_policy"] = np.full((*batch["tokens"].shape[:2], 1), on_policy, np.float32)
