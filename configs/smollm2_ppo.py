@@ -27,7 +27,7 @@ def get_config(objective: str = "ppo") -> ConfigDict:
         batch_size=16,
         max_length=160,
         hyper={"center_rewards_coefficient": 0.01},
-        optimizer={"learning_rate": 2e-5},
+        optimizer={"learning_rate": 5e-5},
         snapshots={"log_spaced": 0},
     )
     c[objective] = base.stage(

@@ -17,7 +17,7 @@ from vdjax import export, sample
 from vdjax.data import chat, tokenizer
 from vdjax.data.examples import Counts, Dropped
 from vdjax.sampling import Sampling, generate
-from vdjax.sampling.prompts import render_prompt, response_text, text_pieces
+from vdjax.sampling.text import response_text, text_pieces
 
 TOK = tokenizer.byte_level()
 TEMPLATE = chat.pick_template(TOK)
@@ -38,7 +38,7 @@ def test_a_prompt_is_what_precedes_a_response_in_training(prompt: Any, name: str
     template = chat.pick_template(TOK, name)
     rendered = chat.render_responses(prompt, ["Yes", "no."], TOK, template, max_length=500, counts=Counts())
     assert rendered
-    assert render_prompt(prompt, TOK, template) == rendered.tokens[rendered.branches == 0].tolist()
+    assert chat.prompt_ids(prompt, TOK, template) == rendered.tokens[rendered.branches == 0].tolist()
 
 
 def test_prompts_that_would_forge_a_turn_or_are_empty_are_dropped() -> None:
@@ -49,7 +49,7 @@ def test_prompts_that_would_forge_a_turn_or_are_empty_are_dropped() -> None:
         ([], "empty_prompt"),
     ):
         with pytest.raises(Dropped, match=reason):
-            render_prompt(prompt, TOK, TEMPLATE)
+            chat.prompt_ids(prompt, TOK, TEMPLATE)
 
 
 def test_text_comes_without_stop_tokens_and_in_whole_characters() -> None:
@@ -71,7 +71,7 @@ def test_a_file_of_prompts_gets_responses(directory: Path, tmp_path: Path, monke
     got = [json.loads(line) for line in out.read_text().splitlines()]
     assert [{k: v for k, v in row.items() if k not in sample.ADDED} for row in got] == rows
     opened = sample.open_model(str(directory), "auto", [])
-    prompts = [render_prompt(row.get("prompt") or row["messages"], opened.tokenizer, opened.template) for row in rows]
+    prompts = [chat.prompt_ids(row.get("prompt") or row["messages"], opened.tokenizer, opened.template) for row in rows]
     how, seeds = Sampling(9, 0.8, 0.9), [(3, 0), (3, 1), (3, 2)]
     with jax.set_mesh(opened.mesh):
         want = generate(opened.model, opened.params, prompts, seeds, how, opened.template.stop_ids, opened.mesh)
@@ -110,7 +110,7 @@ def test_it_talks_on_standard_input_and_keeps_the_conversation(directory: Path) 
     with jax.set_mesh(opened.mesh):
         for question in ("Is tea good?", "And rain?"):
             messages.append({"role": "user", "content": question})
-            prompt = render_prompt(messages, opened.tokenizer, opened.template)
+            prompt = chat.prompt_ids(messages, opened.tokenizer, opened.template)
             how, stops = Sampling(12, 0.0), opened.template.stop_ids
             out = generate(opened.model, opened.params, [prompt], [0], how, stops, opened.mesh)
             text = response_text(out.tokens[0, : out.lengths[0]], opened.tokenizer, opened.template)

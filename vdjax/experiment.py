@@ -210,7 +210,7 @@ def train(config: ConfigDict, name: str, planned: StagePlan, made: Setup, workdi
         reward = rewards.from_function(wanted.function)
     else:
         reward = reward_of(reward_model(config, name, made, workdir), made, config[name])
-    loop.train_stage(stage, lambda s: rollouts.prepare(s, reward, made.tokenizer, made.template.stop_ids))
+    loop.train_stage(stage, lambda s: rollouts.prepare(s, reward, made.tokenizer, made.template))
 
 
 def stage_of(config: ConfigDict, name: str, planned: StagePlan, made: Setup, workdir: Path) -> Stage:

@@ -24,8 +24,8 @@ from vdjax.errors import UserError, nearest
 from vdjax.models.functional import Model
 from vdjax.sampling import Sampling, generate
 from vdjax.sampling.generate import check
-from vdjax.sampling.prompts import render_prompt, response_text, text_pieces
 from vdjax.sampling.stream import streamer
+from vdjax.sampling.text import response_text, text_pieces
 from vdjax.train.log import progress_over, say
 
 ADDED = ("response", "finish_reason", "tokens")  # fields of a row of --out
@@ -90,7 +90,7 @@ def read_prompts(file: Path, opened: Opened) -> tuple[list[dict[str, Any]], list
             where = f"{file}:{number}"
             row, prompt = parse_row(line, where)
             try:
-                prompts.append(render_prompt(prompt, opened.tokenizer, opened.template))
+                prompts.append(chat.prompt_ids(prompt, opened.tokenizer, opened.template))
             except Dropped as dropped:
                 raise UserError(f"{where}: the prompt cannot be used: {WHY[str(dropped)]}") from dropped
             rows.append(row)
@@ -187,7 +187,7 @@ def talk(opened: Opened, sampling: Sampling, seed: int) -> None:
             return
         asked: list[Message] = [*messages, {"role": "user", "content": line}]
         try:
-            prompt = render_prompt(asked, opened.tokenizer, opened.template)
+            prompt = chat.prompt_ids(asked, opened.tokenizer, opened.template)
         except Dropped as dropped:
             say(f"this cannot be asked: {WHY[str(dropped)]}")
             continue

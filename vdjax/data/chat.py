@@ -28,6 +28,7 @@ __all__ = [
     "Template",
     "decode",
     "pick_template",
+    "prompt_ids",
     "render",
     "render_conversation",
     "render_prompt",
@@ -280,14 +281,22 @@ def _branches(
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, template: Template) -> list[int]:
-    """The tokens that a response to `prompt` comes after.
+    """The tokens that a response to `prompt` comes after: text behind the bos, messages with the generation prompt.
+
+    They are those of branch 0 in `render_responses`, unless a response begins in the middle of a token there (after a
+    text prompt that ends with a space, say).
 
     Raises:
-      Dropped: the template fails on the prompt.
+      Dropped: 'empty_prompt', 'special_token_in_text' (it would forge a turn), or the template's refusal.
     """
+    _refuse_text(prompt, (), template)
     if isinstance(prompt, str):
-        return _encode(prompt, template, template.bos_ids).ids
-    return _encode(template_text(prompt, tokenizer, template, generation_prompt=True), template).ids
+        ids = _encode(prompt, template, template.bos_ids).ids
+    else:
+        ids = _encode(template_text(prompt, tokenizer, template, generation_prompt=True), template).ids
+    if not ids:
+        raise Dropped("empty_prompt")
+    return ids
 
 
 def render_prompt(
@@ -309,14 +318,11 @@ def render_prompt(
     """
     _check_arguments(max_length, truncation, "last")
     try:
-        _refuse_text(prompt, (), template)
         whole = prompt
         ids = prompt_ids(prompt, tokenizer, template)
         if len(ids) > max_length and truncation == "oldest_turns":
             prompt = _without_oldest(prompt, lambda p: len(prompt_ids(p, tokenizer, template)) <= max_length)
             ids = prompt_ids(prompt, tokenizer, template)
-        if not ids:
-            raise Dropped("empty_prompt")
         if len(ids) > max_length:
             raise Dropped("prompt_too_long")
     except Dropped as dropped:
@@ -397,7 +403,7 @@ def _refuse_text(prompt: Prompt, responses: Sequence[str], template: Template) -
     if not prompt and not isinstance(prompt, str):
         raise Dropped("empty_prompt")
     if isinstance(prompt, str):  # joined, for the pieces of a token may stand on both sides
-        texts = [prompt + response for response in responses]
+        texts = [prompt + response for response in responses or ("",)]
     else:
         texts = [*(message["content"] for message in prompt), *responses]
     if any(template.forbidden.search(text) for text in texts):

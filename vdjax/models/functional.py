@@ -3,7 +3,6 @@
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -75,9 +74,10 @@ def frozen_part(model: Model, base: Any) -> Any:
     return {name: value for name, value in base.items() if name in model.params and name != "score"}
 
 
-def with_head(model: Model, base: Any) -> Any:
-    """Parameters of `model` from those of a model that may have another head; a new score head is zero."""
+def with_head(model: Model, base: Any, *, seed: int, stddev: float) -> Any:
+    """Parameters of `model` from those of a model that may have another head; a new score head is normal."""
     params = {name: value for name, value in base.items() if name in model.params}
     if "score" in model.params and "score" not in params:
-        params["score"] = jnp.zeros(model.params["score"].shape, model.params["score"].dtype)
+        score = model.params["score"]
+        params["score"] = (stddev * jax.random.normal(jax.random.key(seed), score.shape)).astype(score.dtype)
     return params

@@ -15,6 +15,7 @@ from vdjax.errors import UserError
 from vdjax.models import functional
 from vdjax.models.config import ModelConfig
 from vdjax.models.functional import Model, shardings
+from vdjax.models.transformer import INIT_STDDEV
 from vdjax.objectives import OBJECTIVES
 from vdjax.train.flops import peak_flops, train_flops
 from vdjax.train.log import MetricsLog, stop_signals
@@ -78,19 +79,19 @@ def frozen_params(stage: Stage, abstract: Any = None) -> Any:
 def first_params(stage: Stage) -> Any:
     """The trained parameters before the first step."""
 
-    def of(model: Model, start: Callable[[], Any], seed: int) -> Any:
-        whole = functional.with_head(model, start())
+    def of(model: Model, start: Callable[[], Any], seed: int, stddev: float) -> Any:
+        whole = functional.with_head(model, start(), seed=seed, stddev=stddev)
         if not model.lora:
             return whole
         layout = functional.trained_part(model, shardings(model, stage.mesh))
         adapters = functional.init_adapters(model, seed=seed, shardings=layout)
         return adapters | {name: whole[name] for name in ("score",) if name in whole}
 
-    params = of(stage.model, stage.start, stage.seed)
+    params = of(stage.model, stage.start, stage.seed, INIT_STDDEV)  # as transformers makes a reward model's head
     if stage.values and shares_trunk(stage):
         params["value"] = {"score": jnp.zeros(stage.model.cfg.hidden_size, stage.values.params["score"].dtype)}
     elif stage.values:
-        params["value"] = of(stage.values, stage.start_values, stage.seed + 1)
+        params["value"] = of(stage.values, stage.start_values, stage.seed + 1, 0.0)
     return params
 
 

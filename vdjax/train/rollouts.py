@@ -13,11 +13,13 @@ from vdjax import sharding
 from vdjax.data import pipeline
 from vdjax.data.chat import Rendered
 from vdjax.data.pipeline import Dataset
+from vdjax.data.template import Template
 from vdjax.models.lora import join
 from vdjax.objectives import OBJECTIVES
 from vdjax.objectives.advantages import adapt_kl_coef, gae, group_relative, leave_one_out, per_token_rewards, whiten
 from vdjax.objectives.policy_gradient import kl_estimate, token_weights
 from vdjax.sampling.generate import Samples, Sampling, generate
+from vdjax.sampling.text import response_text
 from vdjax.train.losses import LossSpec
 from vdjax.train.rewards import Responses, Reward
 from vdjax.train.stage import Facts, Stage, Trainer, Update, compile_step, device_batch, facts_of, shares_trunk
@@ -49,8 +51,8 @@ class Source(NamedTuple):
 
     stage: Stage
     sampling: Sampling
-    stop_ids: Sequence[int]
     tokenizer: Any
+    template: Template
     reward: Reward
     log_probs: Pass
     reference: Callable[[Responses], np.ndarray]
@@ -58,7 +60,7 @@ class Source(NamedTuple):
 
 
 def prepare(
-    stage: Stage, reward: Reward, tokenizer: Any, stop_ids: Sequence[int]
+    stage: Stage, reward: Reward, tokenizer: Any, template: Template
 ) -> Callable[[Update, TrainState], Trainer]:
     """`supervised.prepare` for stages that sample; rewards are those of `reward`."""
 
@@ -71,8 +73,8 @@ def prepare(
         source = Source(
             stage,
             sampling,
-            stop_ids,
             tokenizer,
+            template,
             reward,
             scoring_pass(stage, stage.model.graphdef, "log_probs"),
             lambda responses: reference(start, responses),
@@ -178,7 +180,7 @@ def roll_out(source: Source, params: Any, prompts: Dataset, indices: np.ndarray,
         [ids.tolist() for ids in asked for _ in range(samples)],
         [(stage.seed, step, int(i), k) for i in indices for k in range(samples)],
         sampling,
-        source.stop_ids,
+        source.template.stop_ids,
         stage.mesh,
         rows=stage.config.rollout.rows,
     )
@@ -191,10 +193,7 @@ def roll_out(source: Source, params: Any, prompts: Dataset, indices: np.ndarray,
     starts = np.flatnonzero(np.diff(data.branches, prepend=np.int8(0)) > 0)
     parts = steps_of(np.array_split(np.arange(len(data)), stage.config.rollout.minibatches))
     batches = pipeline.batches(data, parts, stage.plan.shape, stage.plan.microbatch_rows)
-    texts = [
-        source.tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
-        for ids, stopped in zip(answers, drawn.stopped, strict=True)
-    ]
+    texts = [response_text(ids.tolist(), source.tokenizer, source.template) for ids in answers]
     responses = Responses([prompts.prompts[i] for i in indices], texts, data, starts + drawn.lengths - 1, batches)
 
     mask = np.arange(longest) < drawn.lengths[:, None]
