@@ -31,30 +31,32 @@ def get_config(chosen: str = "preference,unpaired,rollout") -> ConfigDict:
     c = base.experiment()
     c.model.path = "models/smollm2-135m"
     c.hh = "data/hh-rlhf/harmless-base.jsonl.gz"
-    c.probes.topics = ("immigration", "religion and spirituality")
+    c.probes.topics = ("immigration",)
     c.probes.max_per_topic = 24  # twelve propositions, each asked in both polarities
     shared = {
-        "max_length": 128,
+        "max_length": 96,
+        "epochs": 3,
+        "max_steps": 20,
         "snapshots": {"log_spaced": 0},
         "optimizer": {"learning_rate": 3e-4},
         "lora": {"rank": 16, "alpha": 32.0},
     }
     hh = {"source": "hh-rlhf", "path": c.get_ref("hh")}
 
-    c.sft = base.stage("sft", data={**hh, "max_examples": 160}, batch_size=4, max_steps=20, eval_examples=24, **shared)
+    c.sft = base.stage("sft", data={**hh, "max_examples": 160}, batch_size=4, eval_examples=16, **shared)
     stages = ["sft"]
     if any(OBJECTIVES[name].kind == "rollout" for name in names):
         stages.append("reward")
-        pairs = {**hh, "skip_examples": 400, "max_examples": 320}
-        c.reward = base.stage("reward_model", data=pairs, batch_size=8, eval_examples=64, **shared)
+        pairs = {**hh, "skip_examples": 460, "max_examples": 400}
+        c.reward = base.stage("reward_model", data=pairs, batch_size=8, eval_examples=32, **shared)
     for name in names:
         kind = OBJECTIVES[name].kind
-        data = {**hh, "skip_examples": 160, "max_examples": 240}
-        c[name] = base.stage(name, init_from="sft", data=data, batch_size=4, max_steps=20, **shared)
+        data = {**hh, "skip_examples": 160, "max_examples": 300}
+        c[name] = base.stage(name, init_from="sft", data=data, batch_size=4, **shared)
         if kind == "preference":
-            c[name].update({"eval_examples": 24, "log_kl": True})
+            c[name].update({"eval_examples": 16, "log_kl": True})
         if kind == "unpaired":
-            c[name].update({"eval_examples": 48, "batch_size": 8})  # as many responses as in the pairs
+            c[name].update({"eval_examples": 32, "batch_size": 8})  # as many responses as in the pairs
         if kind == "rollout":
             c[name].batch_size = 8 // c[name].rollout.samples  # eight responses a step
             c[name].rollout.max_new_tokens = 24

@@ -11,6 +11,7 @@ import tiny
 
 from vdjax import config as configs
 from vdjax.data import chat, packing, pipeline, tokenizer
+from vdjax.data.examples import Example
 from vdjax.errors import UserError
 
 
@@ -127,3 +128,28 @@ def test_no_usable_example_is_an_error_with_the_reasons(tiny_data: Path, tmp_pat
     stage = configs.stage("dpo", data={"path": str(tiny_data / "preferences.jsonl")}, max_length=3)
     with pytest.raises(UserError, match=r"no example could be rendered(.|\n)*11 x prompt_too_long"):
         pipeline.build(stage, "preference", tok, chat.pick_template(tok, "auto"), tmp_path, seed=0)
+
+
+def test_mismatched_responses_come_from_the_next_other_prompt() -> None:
+    examples = [Example(str(i), prompt, (f"r{i}",)) for i, prompt in enumerate("aabccb")]
+    got = pipeline.with_mismatched(examples)
+    assert [e.responses for e in got] == [
+        ("r0", "r2"), ("r1", "r2"), ("r2", "r3"), ("r3", "r5"), ("r4", "r5"), ("r5", "r0"),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="at least two prompts"):
+        pipeline.with_mismatched(examples[:2])
+
+
+def test_labels_and_prompts_are_kept(tiny_data: Path, tmp_path: Path) -> None:
+    tok = tokenizer.byte_level()
+    template = chat.pick_template(tok, "auto")
+    stage = configs.stage("kto", data={"path": str(tiny_data / "preferences.jsonl")}, max_length=96)
+    data = pipeline.build(stage, "unpaired", tok, template, tmp_path, seed=0)
+    assert data.labels.tolist() == [1.0, 0.0] * 11 and not data.prompts
+    assert pipeline.take(data, 3, 5).labels.tolist() == [0.0, 1.0]
+    first, second = (pipeline.example(data, i) for i in (0, 2))
+    assert (first.tokens[first.branches == 2] == second.tokens[second.branches == 1]).all()
+    stage = configs.stage("ppo", data={"path": str(tiny_data / "preferences.jsonl")}, max_length=240)
+    prompts = pipeline.build(stage, "prompt", tok, template, tmp_path, seed=0)
+    assert prompts.prompts[1] == [{"role": "user", "content": "And tea?"}] and not prompts.loss_mask.any()
+    assert len(prompts) == 11
