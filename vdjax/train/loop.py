@@ -157,7 +157,7 @@ def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool
     last = time.perf_counter()
 
     def flush() -> None:
-        """Logs the steps not yet looked at; the host stays one step behind the device."""
+        """Logs the steps not yet looked at."""
         nonlocal last
         while pending:
             at, metrics, facts = pending.pop(0)
@@ -184,8 +184,11 @@ def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool
         while step < total:
             state, metrics, facts = trainer.advance(state, step)
             step += 1
-            flush()
+            if trainer.ahead:
+                flush()
             pending.append((step, metrics, facts))
+            if not trainer.ahead:
+                flush()
             stopping = stop_requested()  # asked once, so that whoever stops here has written a resume point
             due = step % stage.resume_every == 0 or stopping or step == total
             if due or step in plan.snapshot_steps or (config.eval_every and step % config.eval_every == 0):

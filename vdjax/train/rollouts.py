@@ -83,6 +83,7 @@ def prepare(
         step = compile_step(stage, update_spec(stage), update, state)
         return Trainer(
             lambda state, at: advance(source, step, update.frozen, state, at),
+            False,
             (lambda state: evaluate(source, join(update.frozen, state.params))) if stage.plan.held_out else None,
         )
 
