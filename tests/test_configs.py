@@ -8,8 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from vdjax import config as configs
+from vdjax.data.parsers import SOURCES, kinds_of
 from vdjax.data.readers import HUB_ID
-from vdjax.data.sources import SOURCES, kinds_of
 from vdjax.errors import UserError
 from vdjax.train.plan import data_kind
 

@@ -16,12 +16,13 @@ import pytest
 import tiny
 
 from vdjax import config as configs
-from vdjax import experiment, snapshots
+from vdjax import experiment, runs, snapshots
 from vdjax.errors import UserError
 from vdjax.models import transformer
 from vdjax.models.config import from_hf
 from vdjax.models.hf import _leaves
 from vdjax.probes import evaluator
+from vdjax.setup import setup
 from vdjax.train import loop
 
 STAGES = ("sft", "dpo")
@@ -145,14 +146,14 @@ def test_another_config_in_the_same_workdir_is_refused(finished: tuple[Path, lis
 
 def test_how_the_work_is_laid_out_may_change(finished: tuple[Path, list[str]], tiny_data: Path) -> None:
     config = configs.load(tiny.config_spec(tiny_data), ["--config.mesh.data=8", "--config.resume_every=7"])
-    experiment.claim(config, finished[0], "COMMAND")
+    runs.claim(config, finished[0], "COMMAND")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_examples(tiny_data: Path, tmp_path: Path) -> None:
     config = configs.load(tiny.config_spec(tiny_data), ["--config.sft.optimizer.learning_rate=1e30"])
     with pytest.raises(UserError) as stop:
         experiment.run(config, tmp_path / "run", "COMMAND")
-    plan = experiment.plan(config, "sft", experiment.setup(config), tmp_path / "run")
+    plan = experiment.plan(config, "sft", setup(config), tmp_path / "run")
     examples = ", ".join(plan.train.ids[i] for i in plan.steps[1])
     assert re.search(r"sft: step 2: loss \S+, gradient norm \S+; nothing of it was kept", str(stop.value))
     assert examples in str(stop.value)
@@ -192,7 +193,7 @@ def test_adapters_through_a_whole_experiment(tiny_data: Path, tmp_path: Path) ->
         experiment.run(config, tmp_path / "run", "COMMAND")
     last = max(snapshots.kept(tmp_path / "run" / "sft" / "snapshots"))
     after_sft, before_dpo, after_dpo = (
-        experiment.open_snapshot(tmp_path / "run" / stage / "snapshots" / str(step)).params
+        runs.open_snapshot(tmp_path / "run" / stage / "snapshots" / str(step)).params
         for stage, step in (("sft", last), ("dpo", 0), ("dpo", max(snapshots.kept(tmp_path / "run/dpo/snapshots"))))
     )
     for name, kernel in after_sft["layers"].items():

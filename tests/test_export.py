@@ -16,13 +16,14 @@ import safetensors.numpy
 import tiny
 from flax import nnx
 
-from vdjax import cli, experiment, export, models, runtime, sharding, snapshots
+from vdjax import cli, export, models, runs, runtime, sharding, snapshots
 from vdjax import config as configs
 from vdjax.data import tokenizer
 from vdjax.errors import UserError
 from vdjax.models import config as model_config
 from vdjax.models import hf, lora
 from vdjax.models.functional import make_model, shardings, trained_part
+from vdjax.setup import Setup, setup
 
 TOKENS = jnp.array([[72, 105, 33, 5, 200, 7]])
 STAGES = ("first", "sft", "dpo", "again", "reward", "judge")
@@ -30,12 +31,12 @@ SAVED: dict[str, Any] = {}  # what each stage's snapshot holds
 
 
 @pytest.fixture(scope="module")
-def made(tiny_data: Path) -> experiment.Setup:
-    return experiment.setup(configs.load(tiny.config_spec(tiny_data)))
+def made(tiny_data: Path) -> Setup:
+    return setup(configs.load(tiny.config_spec(tiny_data)))
 
 
 @pytest.fixture(scope="module")
-def workdir(tiny_data: Path, made: experiment.Setup, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workdir(tiny_data: Path, made: Setup, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """first (adapters on the seed's model), sft, dpo (adapters on sft), again (adapters on dpo); rewards on sft."""
     config = configs.load(tiny.config_spec(tiny_data))
     adapters = {"rank": 3, "alpha": 6.0, "targets": ("q_proj", "up_proj", "down_proj")}
@@ -48,11 +49,11 @@ def workdir(tiny_data: Path, made: experiment.Setup, tmp_path_factory: pytest.Te
         config.judge = configs.stage("reward_model", data=data, lora=adapters, init_from="sft")
         config.first = configs.stage("sft", data=data, lora=adapters)
     folder = tmp_path_factory.mktemp("export") / "run"
-    experiment.claim(config, folder, "COMMAND")
-    experiment.write_model_files(made, folder / "model")
+    runs.claim(config, folder, "COMMAND")
+    runs.write_model_files(made, folder / "model")
     saver = snapshots.saver()
     for seed, name in enumerate(config.stages):
-        rng, model = np.random.default_rng(seed), experiment.stage_model(config, name, made)
+        rng, model = np.random.default_rng(seed), runs.stage_model(config, name, made)
         SAVED[name] = jax.tree.map(
             lambda x, rng=rng: jnp.asarray(rng.normal(size=x.shape, scale=0.3), jnp.float32),
             trained_part(model, model.params),
@@ -71,7 +72,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(stop.value.code or 0)
 
 
-def adapted_logits(made: experiment.Setup, base: Any, adapters: Any) -> Any:
+def adapted_logits(made: Setup, base: Any, adapters: Any) -> Any:
     """Logits with the adapters beside their base."""
     model = make_model(made.model.cfg, tiny.MODEL, lora=lora.Lora(3, 6.0, ("q_proj", "up_proj", "down_proj")))
     return nnx.merge(model.graphdef, lora.join(base, adapters)).logits(TOKENS)
@@ -85,7 +86,7 @@ def snapshot(workdir: Path, name: str) -> Path:
     return workdir / name / "snapshots" / "6"
 
 
-def test_adapters_are_exported_merged(workdir: Path, made: experiment.Setup, tmp_path: Path) -> None:
+def test_adapters_are_exported_merged(workdir: Path, made: Setup, tmp_path: Path) -> None:
     """Also those of a stage whose base has merged adapters itself."""
     dpo = merged(SAVED["sft"], SAVED["dpo"])
     for name, base in (("dpo", SAVED["sft"]), ("again", dpo)):
@@ -100,7 +101,7 @@ def test_adapters_are_exported_merged(workdir: Path, made: experiment.Setup, tmp
 
 
 def test_adapters_alone_lie_beside_what_the_printed_command_exports(
-    workdir: Path, made: experiment.Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    workdir: Path, made: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     for name, base in (("dpo", SAVED["sft"]), ("again", merged(SAVED["sft"], SAVED["dpo"]))):
         out = tmp_path / name
@@ -160,7 +161,7 @@ def test_the_base_is_the_pretrained_model_where_a_stage_starts_from_it(
 
 @pytest.mark.parametrize("name", ["reward", "judge"])
 def test_a_reward_model_is_exported_with_its_head(
-    workdir: Path, made: experiment.Setup, tmp_path: Path, name: str
+    workdir: Path, made: Setup, tmp_path: Path, name: str
 ) -> None:
     if name == "judge":  # whose tokenizer pads with what ends a turn, as many do
         workdir = Path(shutil.copytree(workdir, tmp_path / "run"))

@@ -13,6 +13,7 @@ from vdjax import experiment, inspect
 from vdjax.models.config import num_params
 from vdjax.objectives import OBJECTIVES
 from vdjax.probes import sets
+from vdjax.setup import Setup, setup
 from vdjax.train import loop, rollouts, supervised
 from vdjax.train.plan import data_batches
 from vdjax.train.stage import compile_step
@@ -21,7 +22,7 @@ from vdjax.train.stage import compile_step
 def show(config: ConfigDict) -> None:
     """Prints the resolved config, sizes, steps, tokens, probes and one decoded batch; trains nothing."""
     print(configs.to_json(config))
-    made = experiment.setup(config)
+    made = setup(config)
     with tempfile.TemporaryDirectory(prefix="vdjax-") as folder, jax.set_mesh(made.mesh):
         print(f"\nmodel: {num_params(made.model.cfg):,} parameters, mesh {dict(made.mesh.shape)}")
         print(parameter_overview.get_parameter_overview(made.model.params, include_stats=False))
@@ -38,7 +39,7 @@ def show(config: ConfigDict) -> None:
         print(inspect.describe(batch, made.tokenizer, rows=2))
 
 
-def show_stage(config: ConfigDict, name: str, made: experiment.Setup, folder: Path) -> None:
+def show_stage(config: ConfigDict, name: str, made: Setup, folder: Path) -> None:
     planned = experiment.plan(config, name, made, folder)
     work = experiment.stage_of(config, name, planned, made, folder)
     if OBJECTIVES[config[name].objective].kind == "rollout":

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vdjax import experiment, runtime, sharding, snapshots
+from vdjax import runs, runtime, sharding, snapshots
 from vdjax.cli import run_cli
 from vdjax.errors import UserError
 from vdjax.models import config as model_config
@@ -30,7 +30,7 @@ def export(snapshot: Path, out: Path, dtype: str | None = None) -> None:
       UserError: not a snapshot of a vdjax workdir, or `out` already holds a model.
     """
     _, _, workdir = locate(snapshot)
-    opened = experiment.open_snapshot(snapshot)
+    opened = runs.open_snapshot(snapshot)
     files, tok, stop_ids = workdir / "model", opened.made.tokenizer, opened.made.template.stop_ids
     hf_config, reward = opened.made.hf_config, "score" in opened.params
     if reward:
@@ -59,7 +59,7 @@ def export_adapters(snapshot: Path, out: Path) -> str:
     adapters = lora.from_config(config[name].lora, f"config.{name}.lora")
     if not adapters:
         raise UserError(f"--snapshot {snapshot}: stage {name} has no adapters (config.{name}.lora.rank is 0)")
-    if experiment.stage_head(config, name) == "score":
+    if runs.stage_head(config, name) == "score":
         raise UserError(f"--snapshot {snapshot}: a reward model's head fits no PEFT directory; leave --adapters out")
     base, revision, about = base_model(config, name, workdir, out)
     cfg = model_config.from_hf(
@@ -92,10 +92,10 @@ def locate(snapshot: Path) -> tuple[ConfigDict, str, Path]:
 
 def base_model(config: ConfigDict, name: str, workdir: Path, out: Path) -> tuple[str, str | None, str]:
     """Where peft finds the model that a stage's adapters lie beside, its revision, and what to say about it."""
-    source = experiment.parent(config, name)
+    source = runs.parent(config, name)
     if source:
         base = str(out.resolve()) + "-base"
-        last = workdir / source / "snapshots" / str(experiment.done(workdir, source)["total_steps"])
+        last = workdir / source / "snapshots" / str(runs.done(workdir, source)["total_steps"])
         return base, None, f"its base is exported by: python -m vdjax.export --snapshot {last} --out {base}"
     path = config.model.path
     if not path:

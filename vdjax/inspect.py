@@ -56,11 +56,12 @@ def main() -> None:
     from vdjax import config as configs
     from vdjax import experiment
     from vdjax.runtime import start
+    from vdjax.setup import setup
     from vdjax.train.plan import data_batches
 
     config = configs.load(flags.config, overrides)
     start()
-    made = experiment.setup(config)
+    made = setup(config)
     with tempfile.TemporaryDirectory(prefix="vdjax-") as folder:
         for name in config.stages:
             plan = experiment.plan(config, name, made, Path(folder))

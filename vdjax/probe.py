@@ -30,17 +30,18 @@ def main() -> None:
 
     import jax
 
-    from vdjax import experiment
+    from vdjax import experiment, runs
     from vdjax.data import chat, tokenizer
     from vdjax.drift import report
     from vdjax.models import config as model_config
     from vdjax.models import hf
     from vdjax.probes import readouts
+    from vdjax.setup import setup
 
     def comparable(cfg: model_config.ModelConfig) -> model_config.ModelConfig:
         return dataclasses.replace(cfg, max_position_embeddings=1)  # changes no number
 
-    made = experiment.setup(config)
+    made = setup(config)
     readers = []
     for path in flags.models:
         directory = hf.resolve(path)
@@ -75,7 +76,7 @@ def main() -> None:
         "parameters": model_config.num_params(made.model.cfg),
         "probes": experiment.probe_facts(flags.probes, probes),
         "readouts": ", ".join(config.probes.readouts),
-        "versions": experiment.versions(),
+        "versions": runs.versions(),
     }
     stages = [report.StageInfo(STAGE, "given checkpoints", len(readers) - 1, None)]
     experiment.finish(flags.workdir, readouts.scores(raw, probes), stages, experiment.NO_TRAINING, facts)

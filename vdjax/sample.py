@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from vdjax import config as configs
-from vdjax import experiment, runtime
+from vdjax import runs, runtime
 from vdjax.cli import run_cli
 from vdjax.data import chat
 from vdjax.data.examples import Dropped, Message
@@ -26,6 +26,7 @@ from vdjax.sampling import Sampling, generate
 from vdjax.sampling.generate import check
 from vdjax.sampling.stream import streamer
 from vdjax.sampling.text import response_text, text_pieces
+from vdjax.setup import initial_params, setup
 from vdjax.train.log import progress_over, say
 
 ADDED = ("response", "finish_reason", "tokens")  # fields of a row of --out
@@ -62,14 +63,14 @@ def open_model(name: str, chat_template: str, overrides: list[str]) -> Opened:
     if Path(name).resolve().parent.name == "snapshots":
         if other := [flag for flag in overrides if not flag.startswith("--config.mesh.")]:
             raise UserError(f"{other[0]}: a snapshot has its own config; only --config.mesh can be chosen")
-        found = experiment.open_snapshot(Path(name), config.mesh.to_dict())
-        if experiment.stage_head(found.config, found.stage) != "vocab":
+        found = runs.open_snapshot(Path(name), config.mesh.to_dict())
+        if runs.stage_head(found.config, found.stage) != "vocab":
             raise UserError(f"--model {name}: the stage {found.stage} trains a reward model, which says nothing")
         made, model, params = found.made, found.model, found.params
     else:
         config.model.path = name
-        made = experiment.setup(config)
-        model, params = made.model, experiment.initial_params(config, made)
+        made = setup(config)
+        model, params = made.model, initial_params(config, made)
     template = made.template if chat_template == "auto" else chat.pick_template(made.tokenizer, chat_template)
     return Opened(model, params, made.tokenizer, template, made.mesh)
 

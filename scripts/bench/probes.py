@@ -17,6 +17,7 @@ from vdjax import config as configs
 from vdjax import experiment, runtime
 from vdjax.models import hf
 from vdjax.probes import evaluator, readouts
+from vdjax.setup import setup
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     config = configs.experiment()
     config.model.path, config.probes.path = str(flags.model), flags.probes
     config.probes.max_per_topic = flags.max_per_topic
-    made = experiment.setup(config)
+    made = setup(config)
     probes = experiment.load_probes(config)
     items = readouts.items(probes, config.probes.readouts, made.tokenizer, made.template, config.probes.max_length)
     reader = hf.open_reader(flags.model, made.model.cfg)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vdjax.data import sources
+from vdjax.data import parsers, sources
 from vdjax.data.sources import Counts, Example
 from vdjax.errors import UserError
 
@@ -339,7 +339,7 @@ GOOD: dict[str, dict[str, Any]] = {
 @given(
     st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(keys, anything | transcript)), max_size=6),
     st.sampled_from(
-        [(kind, name) for name, s in sources.SOURCES.items() if name != "persona" for kind in sources.kinds_of(s)]
+        [(kind, name) for name, s in parsers.SOURCES.items() if name != "persona" for kind in parsers.kinds_of(s)]
     ),
     st.integers(0, 2),
 )

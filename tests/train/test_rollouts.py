@@ -16,7 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from vdjax import config as configs
-from vdjax import experiment, snapshots
+from vdjax import experiment, runs, snapshots
 from vdjax.data import packing
 from vdjax.errors import UserError
 from vdjax.models import transformer
@@ -157,7 +157,7 @@ def test_the_reward_model_learns_and_ppo_uses_it(finished: Path) -> None:
 
 def test_rewards_are_the_reward_models_own(finished: Path, tiny_data: Path) -> None:
     """Reading the policy's tokens, reading the text anew, and the model itself on one response at a time."""
-    opened = experiment.open_snapshot(finished / "reward" / "snapshots" / "6")
+    opened = runs.open_snapshot(finished / "reward" / "snapshots" / "6")
     made, tok = opened.made, opened.made.tokenizer
     prompts = [({"role": "user", "content": f"And {thing}?"},) for thing in ("tea", "a much longer question")]
     texts = ["Yes.", "No, no, no.", "a", "It depends on it"]

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from vdjax.data.examples import Counts, Dropped, Example, Message
+from vdjax.data.parsers import text_field
 from vdjax.data.readers import Row
-from vdjax.data.sources import Spec, text_field
+from vdjax.data.sources import Spec
 from vdjax.errors import UserError, nearest
 
 QUESTIONS = (

@@ -25,7 +25,7 @@ class StagePlan(NamedTuple):
 
 
 def data_kind(objective: str) -> str:
-    """The kind of examples (`vdjax.data.sources.KINDS`) that an objective learns from."""
+    """The kind of examples (`vdjax.data.parsers.KINDS`) that an objective learns from."""
     kind = OBJECTIVES[objective].kind
     return {"reward": "preference", "rollout": "prompt"}.get(kind, kind)
 

@@ -1,0 +1,155 @@
+"""What a workdir holds: the experiment that claims it, its model files, and the parameters of its stages' snapshots."""
+
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from vdjax import __version__, snapshots
+from vdjax import config as configs
+from vdjax.errors import UserError
+from vdjax.models import hf, lora
+from vdjax.models.functional import Model, frozen_part, make_model, shardings
+from vdjax.objectives import OBJECTIVES
+from vdjax.setup import Setup, initial_params, setup
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "tensorstore", "numpy", "scipy")
+
+# What may differ between two runs in one workdir: how the work is laid out and shown, and what snapshots are asked.
+FREE_FIELDS = ("mesh.", "log_every", "resume_every", "probes.", "model.unroll", "model.remat")
+
+
+def parent(config: ConfigDict, name: str) -> str:
+    """The stage that a stage starts from; empty for the model itself. A reward model is no start for what follows."""
+    if config[name].init_from:
+        return config[name].init_from
+    before = config.stages[: config.stages.index(name)]
+    return next((s for s in reversed(before) if OBJECTIVES[config[s].objective].kind != "reward"), "")
+
+
+def stage_model(config: ConfigDict, name: str, made: Setup) -> Model:
+    """The model of a stage: with its adapters, and with a score head where it is a reward model."""
+    adapters = lora.from_config(config[name].lora, f"config.{name}.lora")
+    return make_model(made.model.cfg, config.model, lora=adapters, head=stage_head(config, name))
+
+
+def stage_head(config: ConfigDict, name: str) -> Literal["vocab", "score"]:
+    return "score" if OBJECTIVES[config[name].objective].kind == "reward" else "vocab"
+
+
+def start_params(config: ConfigDict, name: str, made: Setup, workdir: Path) -> Any:
+    """What a stage starts from: the model's parameters, or those of its parent's last snapshot."""
+    source = parent(config, name)
+    if not source:
+        return initial_params(config, made)
+    return snapshot_params(config, source, done(workdir, source)["total_steps"], made, workdir)
+
+
+def snapshot_params(config: ConfigDict, name: str, step: int, made: Setup, workdir: Path) -> Any:
+    """All parameters of a snapshot, in their shardings, adapters merged into what they were trained beside."""
+    model = stage_model(config, name, made)
+    reader, layout = snapshots.open_reader(workdir / name / "snapshots" / str(step)), shardings(model, made.mesh)
+    if not model.lora:
+        return hf.place(reader, model.params, layout)
+    adapters = hf.place(reader, lora.adapters_of(model.params), lora.adapters_of(layout))
+    merged = partial(lora.merge, lora=model.lora)
+    base = frozen_part(model, start_params(config, name, made, workdir))
+    return jax.jit(merged)(lora.join(base, adapters))
+
+
+def done(workdir: Path, name: str) -> dict[str, Any]:
+    return json.loads((workdir / name / "done.json").read_text())
+
+
+class Opened(NamedTuple):
+    """A snapshot ready to be used."""
+
+    config: ConfigDict
+    stage: str
+    made: Setup
+    model: Model  # without adapters: they are merged
+    params: Any
+
+
+def open_snapshot(snapshot: Path, mesh: Mapping[str, int] = MappingProxyType({"fsdp": -1})) -> Opened:
+    """Model, tokenizer, template and parameters of WORKDIR/STAGE/snapshots/STEP.
+
+    Raises:
+      UserError: not a snapshot of a vdjax workdir.
+    """
+    snapshot = snapshot.resolve()
+    workdir, name = snapshot.parents[2], snapshot.parents[1].name
+    if snapshot.parent.name != "snapshots" or not (workdir / "config.json").exists():
+        raise UserError(f"{snapshot}: expected WORKDIR/STAGE/snapshots/STEP")
+    snapshots.open_reader(snapshot)
+    config = ConfigDict(json.loads((workdir / "config.json").read_text())["config"])
+    config.mesh = ConfigDict(dict(mesh))
+    # The workdir's own copy of tokenizer and template: the base model is needed only where adapters lie beside it.
+    own = config.copy_and_resolve_references()
+    own.model.path, own.tokenizer.path, own.tokenizer.chat_template = str(workdir / "model"), "", "auto"
+    made = setup(own)
+    with jax.set_mesh(made.mesh):
+        params = snapshot_params(config, name, int(snapshot.name), made, workdir)
+    merged = make_model(made.model.cfg, config.model, head=stage_head(config, name))
+    return Opened(config, name, made, merged, params)
+
+
+def claim(config: ConfigDict, workdir: Path, command: str) -> None:
+    """Writes WORKDIR/config.json, or checks that the experiment there is this one.
+
+    Raises:
+      UserError: the workdir holds another experiment; names the fields that differ.
+    """
+    file = workdir / "config.json"
+    mine = json.loads(configs.to_json(config))
+    if file.exists():
+        theirs = json.loads(file.read_text())["config"]
+        before, now = flat(theirs), flat(mine)
+        differ = sorted(
+            key
+            for key in before.keys() | now.keys()
+            if before.get(key) != now.get(key) and not key.startswith(FREE_FIELDS)
+        )
+        if differ:
+            shown = "\n".join(f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differ[:20])
+            raise UserError(f"{workdir} holds an experiment with another config; give a new --workdir.\n{shown}")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        content = {"config": mine, "seed": config.seed, "versions": versions(), "command": command}
+        (workdir / "config.json.part").write_text(json.dumps(content, indent=1))
+        os.replace(workdir / "config.json.part", file)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def versions() -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"vdjax": __version__, "python": sys.version.split()[0], **packages}
+
+
+def write_model_files(made: Setup, folder: Path) -> None:
+    """A Hugging Face directory without weights: what an export of a snapshot needs besides parameters."""
+    if jax.process_index() or (folder / "config.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    made.tokenizer.chat_template = made.template.text
+    made.tokenizer.save_pretrained(folder)
+    # The stop ids of the template that the model is trained with, which may end turns otherwise than its base did.
+    source = made.directory / "generation_config.json" if made.directory else None
+    generation = json.loads(source.read_text()) if source and source.exists() else {}
+    generation["eos_token_id"] = list(made.template.stop_ids)
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    (folder / "config.json").write_text(json.dumps(made.hf_config, indent=2))

@@ -1,0 +1,67 @@
+"""What an experiment's stages share: shape, mesh, tokenizer, chat template; and the parameters it begins with."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vdjax import sharding
+from vdjax.data import chat, tokenizer
+from vdjax.errors import UserError
+from vdjax.models import config as model_config
+from vdjax.models import hf, transformer
+from vdjax.models.functional import Model, make_model, shardings
+
+
+class Setup(NamedTuple):
+    """What all stages share."""
+
+    model: Model
+    mesh: jax.sharding.Mesh
+    tokenizer: Any
+    template: chat.Template
+    hf_config: dict[str, Any]  # of exported models
+    directory: Path | None  # of the pretrained model; None from scratch
+
+
+def setup(config: ConfigDict) -> Setup:
+    """Model shape, mesh, tokenizer and chat template; no parameters yet.
+
+    Raises:
+      UserError: a model, tokenizer, template or mesh that cannot be had or do not fit together.
+    """
+    directory = hf.resolve(config.model.path, config.model.revision or None) if config.model.path else None
+    source = config.tokenizer.path or directory
+    if not source:
+        raise UserError("config.tokenizer.path is empty; a model from scratch needs a directory, hub id or 'bytes'")
+    tok = tokenizer.byte_level() if source == "bytes" else tokenizer.load(source)
+    if directory:
+        hf_config = hf.read_config(directory)
+        where = str(directory / "config.json")
+        cfg = model_config.from_hf(hf_config, where=where, ignore_fields=config.model.ignore_fields)
+    else:
+        shape = {"vocab_size": len(tok), **config.model.shape.to_dict()}
+        named = config.model.name
+        cfg = model_config.named(named) if named else model_config.from_hf(shape, where="config.model.shape")
+        ids = {name: getattr(tok, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        hf_config = model_config.to_hf(cfg, dtype=config.model.param_dtype, **ids)
+    if len(tok) > cfg.vocab_size:
+        raise UserError(f"the tokenizer has {len(tok)} tokens, the model a vocabulary of {cfg.vocab_size}")
+    template = chat.pick_template(tok, config.tokenizer.chat_template)
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    for field in ("num_heads", "intermediate_size"):
+        if getattr(cfg, field) % mesh.shape["tensor"]:
+            raise UserError(f"config.mesh.tensor={mesh.shape['tensor']} does not divide {field}={getattr(cfg, field)}")
+    return Setup(make_model(cfg, config.model), mesh, tok, template, hf_config, directory)
+
+
+def initial_params(config: ConfigDict, made: Setup) -> Any:
+    """Pretrained parameters, or seeded ones, in their shardings."""
+    layout = shardings(made.model, made.mesh)
+    if config.model.path:
+        directory = hf.resolve(config.model.path, config.model.revision or None)
+        return hf.place(hf.open_reader(directory, made.model.cfg), made.model.params, layout)
+    dtype = jnp.dtype(config.model.param_dtype)
+    return transformer.init_params(made.model.cfg, seed=config.seed, param_dtype=dtype, shardings=layout)
