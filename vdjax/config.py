@@ -20,6 +20,7 @@ from vdjax.errors import UserError, nearest
 from vdjax.models import lora
 from vdjax.objectives import OBJECTIVES, check_hyper
 from vdjax.objectives.policy_gradient import KL_ESTIMATORS, TOKEN_WEIGHTS
+from vdjax.sampling.generate import Sampling, check
 
 
 def experiment() -> ConfigDict:
@@ -274,6 +275,9 @@ def _check(config: ConfigDict, path: str) -> None:
                 f"{path}: config.{name}.init_from={part.init_from!r} is no earlier stage"
                 + nearest(part.init_from, config.stages[:i])
             )
+        source = part.init_from and OBJECTIVES[config[part.init_from].objective].kind
+        if source == "reward" and OBJECTIVES[part.objective].kind != "reward":
+            raise UserError(f"{path}: config.{name}.init_from={part.init_from!r} is a reward model, which has no words")
         if not part.data.path:
             raise UserError(f"{path}: config.{name}.data.path is empty; pass --config.{name}.data.path=FILE_OR_ID")
         check_hyper(part.objective, part.hyper.to_dict())
@@ -304,19 +308,26 @@ def _check_rollout(config: ConfigDict, name: str, path: str) -> None:
     later = config.stages[config.stages.index(name) :]
     if part.reward.model in config.stages and (part.reward.model not in rewards or part.reward.model in later):
         raise UserError(f"{where}.reward.model={part.reward.model!r} is no earlier reward_model stage")
-    if part.init_from in rewards:
-        raise UserError(f"{where}.init_from={part.init_from!r} is a reward model, which cannot sample responses")
-    if part.objective in SAMPLES and part.rollout.samples < 2:
-        raise UserError(f"{where}.rollout.samples={part.rollout.samples}: {part.objective} compares two or more")
+    check(Sampling(part.rollout.max_new_tokens, part.rollout.temperature, part.rollout.top_p, part.rollout.top_k))
+    if not part.rollout.temperature:
+        raise UserError(f"{where}.rollout.temperature=0.0: nothing can be learned from responses without a choice")
+    values = part.hyper.get("advantage") == "gae"
+    if values and "gamma" not in part.hyper:
+        raise UserError(f"{where}.hyper.advantage='gae' needs a value model, and so the objective ppo")
+    if not values and not 2 <= part.rollout.samples <= 127:
+        raise UserError(f"{where}.rollout.samples={part.rollout.samples}: {part.objective} compares 2 to 127 responses")
     if part.rollout.max_new_tokens >= part.max_length:
         raise UserError(
             f"{where}: rollout.max_new_tokens={part.rollout.max_new_tokens} leaves no room for a prompt "
             f"in max_length={part.max_length}"
         )
-    inner = part.hyper.get("loss", "dpo")
+    if part.objective != "online_dpo":
+        return
+    inner = part.hyper.loss
     if inner not in OBJECTIVES or OBJECTIVES[inner].kind != "preference" or OBJECTIVES[inner].batch_level:
         good = [n for n, o in OBJECTIVES.items() if o.kind == "preference" and not o.batch_level]
         raise UserError(f"{where}.hyper.loss={inner!r}{nearest(inner, good)}")
+    check_hyper(inner, {} if part.hyper.beta is None else {"beta": part.hyper.beta})
 
 
 def to_json(config: ConfigDict) -> str:

@@ -52,6 +52,9 @@ def run(config: ConfigDict, workdir: Path, command: str) -> None:
         prompts = render_probes(config, made, probes)
         plans = {name: plan(config, name, made, workdir) for name in config.stages}
         for name in config.stages:
+            judge_of(config, name, made, workdir)
+            stage_of(config, name, plans[name], made, workdir)
+        for name in config.stages:
             train(config, name, plans[name], made, workdir)
             if config[name].snapshots.probe:
                 probe_stage(config, name, made, probes, prompts, workdir)
@@ -71,13 +74,10 @@ def train(config: ConfigDict, name: str, planned: StagePlan, made: Setup, workdi
     if (workdir / name / "done.json").exists():
         return say(f"{name}: trained already")
     say(f"{name} data: {data_line(planned.train.counts)}")
-    stage, wanted = stage_of(config, name, planned, made, workdir), config[name].reward
-    if OBJECTIVES[config[name].objective].kind != "rollout":
+    stage, judge = stage_of(config, name, planned, made, workdir), judge_of(config, name, made, workdir)
+    if judge is None:
         return loop.train_stage(stage, supervised.prepare)
-    if wanted.function:
-        reward = rewards.from_function(wanted.function)
-    else:
-        reward = reward_of(reward_model(config, name, made, workdir), made, config[name])
+    reward = reward_by(judge, made, config[name]) if isinstance(judge, Judge) else judge
     loop.train_stage(stage, lambda s: rollouts.prepare(s, reward, made.tokenizer, made.template))
 
 
@@ -88,8 +88,9 @@ def stage_of(config: ConfigDict, name: str, planned: StagePlan, made: Setup, wor
     if config[name].hyper.get("advantage") == "gae":
         adapters = lora.from_config(config[name].lora, f"config.{name}.lora")
         values = make_model(made.model.cfg, config.model, lora=adapters, head="score")
-        judge = reward_model(config, name, made, workdir) if config[name].reward.model else None
-        start_values = judge.params if judge and judge.model.cfg == made.model.cfg else start
+        judge = judge_of(config, name, made, workdir)
+        if isinstance(judge, Judge) and judge.model.cfg == made.model.cfg:
+            start_values = judge.params
     return Stage(
         name,
         config[name],
@@ -116,13 +117,17 @@ class Judge(NamedTuple):
     template: chat.Template
 
 
-def reward_model(config: ConfigDict, name: str, made: Setup, workdir: Path) -> Judge:
-    """The reward model of a stage: an earlier stage, or a sequence-classification directory.
+def judge_of(config: ConfigDict, name: str, made: Setup, workdir: Path) -> Judge | rewards.Reward | None:
+    """What rewards a stage's responses, if it samples any: a function, or an earlier stage or directory not yet loaded.
 
     Raises:
-      UserError: a model that cannot be read, or is no reward model.
+      UserError: a function that is not there; a model that cannot be read, or is no reward model.
     """
     wanted = config[name].reward
+    if OBJECTIVES[config[name].objective].kind != "rollout":
+        return None
+    if wanted.function:
+        return rewards.from_function(wanted.function)
     if wanted.model in config.stages:
         last = partial(runs.done, workdir, wanted.model)
         model = make_model(made.model.cfg, config.model, head="score")
@@ -138,7 +143,7 @@ def reward_model(config: ConfigDict, name: str, made: Setup, workdir: Path) -> J
     return Judge(model, load, tok, chat.pick_template(tok))
 
 
-def reward_of(judge: Judge, made: Setup, stage: ConfigDict) -> rewards.Reward:
+def reward_by(judge: Judge, made: Setup, stage: ConfigDict) -> rewards.Reward:
     """Rewards by a model: on the policy's own tokens where it has the same tokenizer and template, else on the text."""
     same = judge.tokenizer.backend_tokenizer.to_str() == made.tokenizer.backend_tokenizer.to_str()
     if same and judge.template.text == made.template.text:

@@ -132,10 +132,11 @@ def test_no_usable_example_is_an_error_with_the_reasons(tiny_data: Path, tmp_pat
 
 def test_mismatched_responses_come_from_the_next_other_prompt() -> None:
     examples = [Example(str(i), prompt, (f"r{i}",)) for i, prompt in enumerate("aabccb")]
-    got = pipeline.with_mismatched(examples)
-    assert [e.responses for e in got] == [
-        ("r0", "r2"), ("r1", "r2"), ("r2", "r3"), ("r3", "r5"), ("r4", "r5"), ("r5", "r0"),
-    ]  # fmt: skip
+    others = [e.responses for e in pipeline.with_mismatched(examples)]
+    assert others == [("r0", "r2"), ("r1", "r2"), ("r2", "r3"), ("r3", "r5"), ("r4", "r5"), ("r5", "r0")]
+    labelled = [e._replace(label=label) for e, label in zip(examples, (1.0, 0.0, 0.0, 1.0, 0.0, 0.5), strict=True)]
+    others = [e.responses for e in pipeline.with_mismatched(labelled)]
+    assert others == [("r0", "r3"), ("r1", "r2"), ("r2", "r4"), ("r3", "r0"), ("r4", "r1"), ("r5", "r0")]
     with pytest.raises(UserError, match="at least two prompts"):
         pipeline.with_mismatched(examples[:2])
 
@@ -147,7 +148,7 @@ def test_labels_and_prompts_are_kept(tiny_data: Path, tmp_path: Path) -> None:
     data = pipeline.build(stage, "unpaired", tok, template, tmp_path, seed=0)
     assert data.labels.tolist() == [1.0, 0.0] * 11 and not data.prompts
     assert pipeline.take(data, 3, 5).labels.tolist() == [0.0, 1.0]
-    first, second = (pipeline.example(data, i) for i in (0, 2))
+    first, second = (pipeline.example(data, i) for i in (1, 3))
     assert (first.tokens[first.branches == 2] == second.tokens[second.branches == 1]).all()
     stage = configs.stage("ppo", data={"path": str(tiny_data / "preferences.jsonl")}, max_length=240)
     prompts = pipeline.build(stage, "prompt", tok, template, tmp_path, seed=0)

@@ -255,13 +255,16 @@ def test_configs_of_sampled_stages_are_checked(tiny_data: Path) -> None:
     for override, message in (
         ("--config.rl.reward.function=", "give either model"),
         ("--config.rl.reward.model=x", "give either model"),
-        ("--config.rl.rollout.samples=1", "compares two or more"),
+        ("--config.rl.rollout.samples=1", "compares 2 to 127 responses"),
+        ("--config.rl.rollout.temperature=0", "nothing can be learned"),
+        ("--config.rl.rollout.top_p=0.0", "top_p is 0.0"),
+        ("--config.rl.hyper.advantage=gae", "needs a value model"),
         ("--config.rl.rollout.max_new_tokens=96", "leaves no room for a prompt"),
         ("--config.rl.hyper.kl_estimator=k4", "kl_estimator='k4'"),
     ):
         with pytest.raises(UserError, match=message):
             config_of(tiny_data, "grpo", override)
-    with pytest.raises(UserError, match="is a reward model, which cannot sample"):
+    with pytest.raises(UserError, match="is a reward model, which has no words"):
         config_of(tiny_data, "ppo", "--config.ppo.init_from=reward")
     with pytest.raises(UserError, match="is no earlier reward_model stage"):
         config_of(tiny_data, "ppo", "--config.ppo.reward.model=sft")

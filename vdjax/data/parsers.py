@@ -1,5 +1,6 @@
 """The schemas of datasets: one parser each, from a row's columns to a prompt and its responses."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,7 @@ def label_of(row: Mapping[str, Any], kind: str) -> float:
     margin = row.get("margin") if kind == "preference" else None
     if margin is not None and not isinstance(margin, int | float):
         raise Dropped("wrong_type")
-    return float(margin or 0)
+    return float(margin) if margin is not None and math.isfinite(margin) else 0.0
 
 
 def _messages(value: object) -> list[Message]:
@@ -207,7 +208,9 @@ def _persona_takes_all_rows(row: Mapping[str, Any], options: Any) -> Parsed:
 
 
 KINDS = ("sft", "preference", "unpaired", "prompt", "text")
-MADE_FROM = {"unpaired": "preference", "prompt": "sft"}  # kinds that are had from examples of another one
+# Kinds that are had from examples of another one, the first that a source gives: so a window of a data set holds the
+# same rows whether a stage takes its pairs or its prompts.
+MADE_FROM = {"unpaired": ("preference",), "prompt": ("preference", "sft")}
 PAIRS = ("sft", "preference")
 SOURCES: dict[str, Source] = {  # 'auto' takes the first that fits
     "wildchat": Source(("conversation",), ("sft",), _wildchat),
@@ -227,4 +230,4 @@ SOURCES: dict[str, Source] = {  # 'auto' takes the first that fits
 
 def kinds_of(source: Source) -> tuple[str, ...]:
     """The kinds of examples that can be had from a source."""
-    return (*source.kinds, *(kind for kind, other in MADE_FROM.items() if other in source.kinds))
+    return (*source.kinds, *(kind for kind, others in MADE_FROM.items() if set(others) & set(source.kinds)))

@@ -1,6 +1,7 @@
 """From a stage's data to batches: render once, keep on disk, pack, and serve by step with Grain."""
 
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
@@ -89,7 +90,7 @@ def build(stage: ConfigDict, kind: str, tokenizer: Any, template: Template, cach
             for p in readers.local_files(source["path"], source["split"])
         ],
         "kind": kind,
-        "max_length": stage.max_length,
+        "max_length": longest(stage, kind),
         "seed": seed,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "template": (chat.template_hash(template), template.stop_ids, template.end_id, template.bos_ids),
@@ -99,6 +100,11 @@ def build(stage: ConfigDict, kind: str, tokenizer: Any, template: Template, cach
     if not folder.exists():
         _write(_render_all(stage, kind, tokenizer, template, seed), key, folder)
     return _read(folder)
+
+
+def longest(stage: ConfigDict, kind: str) -> int:
+    """Most tokens of an example: a prompt leaves room for the response that will be sampled."""
+    return stage.max_length - (stage.rollout.max_new_tokens if kind == "prompt" else 0)
 
 
 def _spec(stage: ConfigDict, kind: str) -> dict[str, Any]:
@@ -128,7 +134,7 @@ def _render_all(stage: ConfigDict, kind: str, tokenizer: Any, template: Template
             kind,
             tokenizer,
             template,
-            max_length=stage.max_length - (stage.rollout.max_new_tokens if kind == "prompt" else 0),
+            max_length=longest(stage, kind),
             truncation=stage.data.truncation,
             assistant_turns=stage.data.assistant_turns,
             counts=counts,
@@ -142,20 +148,25 @@ def _render_all(stage: ConfigDict, kind: str, tokenizer: Any, template: Template
 
 
 def with_mismatched(examples: list[Example]) -> list[Example]:
-    """Each example with a second response, that of the next example with another prompt (KTO's estimate of the KL).
+    """Each example with a second response, that of another prompt (for KTO's estimate of the KL).
+
+    It is that of the next example with another prompt and the same label, if there is one, so that desirable and
+    undesirable responses count in the estimate as they do in the data.
 
     Raises:
       UserError: all prompts are the same.
     """
-    other: str | None = next((e.responses[0] for e in examples if e.prompt != examples[-1].prompt), None)
-    if other is None:
+    if all(example.prompt == examples[0].prompt for example in examples):
         raise UserError("data: unpaired examples need at least two prompts, but all have the same")
-    out = []
-    for at in range(len(examples) - 1, -1, -1):
-        if at + 1 < len(examples) and examples[at + 1].prompt != examples[at].prompt:
-            other = examples[at + 1].responses[0]
-        out.append(examples[at]._replace(responses=(examples[at].responses[0], other)))
-    return out[::-1]
+
+    def other(at: int) -> str:
+        after = itertools.chain(range(at + 1, len(examples)), range(at))
+        elsewhere = (i for i in after if examples[i].prompt != examples[at].prompt)
+        first = next(elsewhere)
+        same = (i for i in (first, *elsewhere) if examples[i].label == examples[at].label)
+        return examples[next(same, first)].responses[0]
+
+    return [e._replace(responses=(e.responses[0], other(at))) for at, e in enumerate(examples)]
 
 
 def _write(content: Content, key: str, folder: Path) -> None:

@@ -78,7 +78,7 @@ def load(spec: Mapping[str, Any], *, seed: int = 0, counts: Counts) -> Iterator[
     _refuse_foreign_options(options, source)
     counted = _counted(chain(head, rows), counts)
     if options.kind not in SOURCES[source].kinds:
-        options = replace(options, kind=MADE_FROM[options.kind])
+        options = replace(options, kind=next(k for k in MADE_FROM[kind] if k in SOURCES[source].kinds))
     if source == "persona":
         from vdjax.data import persona
 

@@ -84,11 +84,9 @@ def token_log_probs(
     return jnp.take_along_axis(out, jnp.argsort(order, axis=1), axis=1).reshape(rows, length)
 
 
-def token_scores(
-    model: Any, batch: Mapping[str, Array], hidden: Float[Array, "rows length width"] | None = None
-) -> Float[Array, "rows length"]:
+def token_scores(model: Any, batch: Mapping[str, Array]) -> Float[Array, "rows length"]:
     """Scores of a model with a score head: of each token, read where the token has been seen."""
-    return model.scores(hidden_states(model, batch) if hidden is None else hidden)
+    return model.scores(hidden_states(model, batch))
 
 
 def token_values(scores: Float[Array, "rows length"], sequence_ids: Int[Array, "rows length"]) -> Array:

@@ -116,7 +116,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "grpo": _rollout(advantage="group_scaled", weights="sequence_mean", beta=0.04),
     "dr_grpo": _rollout(advantage="group", weights="constant"),
     "dapo": _rollout(advantage="group_scaled", clip_high=0.28),
-    "online_dpo": Objective("rollout", dpo, True, {"loss": "dpo", "beta": 0.1}),
+    "online_dpo": Objective("rollout", dpo, True, {"loss": "dpo", "beta": None}),
 }  # fmt: skip
 
 

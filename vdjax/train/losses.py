@@ -41,7 +41,10 @@ def counts_of(spec: LossSpec, batch: Batch) -> dict[str, Float[Array, ""]]:
     """Global counts that sums are divided by: scored tokens, and pairs or examples."""
     counts = {"tokens": jnp.sum(batch["loss_mask"], dtype=jnp.float32)}
     if kind_of(spec) in ("preference", "unpaired", "reward"):
-        masks = item_masks(spec, jax.vmap(lambda part: sequence_facts(spec, part))(batch))
+        facts = jax.vmap(lambda part: sequence_facts(spec, part))(batch)
+        masks = item_masks(spec, facts)
+        if kind_of(spec) == "unpaired":  # what stands beside a response teaches nothing
+            counts["tokens"] = jnp.sum(facts["length"][..., ::2])
         counts |= {name: jnp.sum(mask, dtype=jnp.float32) for name, mask in masks.items()}
     return counts
 
@@ -82,7 +85,9 @@ def masked_sum(x: Array, mask: Array) -> Float[Array, ""]:
 
 def log_probs_of(spec: LossSpec, params: Any, batch: Batch) -> Float[Array, "rows length"]:
     model = nnx.merge(spec.graphdef, params)
-    return lp.token_log_probs(model, batch, chunk=spec.head_chunk, groups=spec.groups)
+    return lp.token_log_probs(
+        model, batch, chunk=spec.head_chunk, groups=spec.groups, temperature=spec.temperature
+    )
 
 
 # Objectives of whole responses: their numbers are [rows, sequences]; even columns hold what is wanted (the chosen
@@ -185,7 +190,7 @@ def sequence_loss(
             metrics |= {"log_prob_chosen": pairs.chosen, "log_prob_rejected": pairs.rejected}
     sums = {name: masked_sum(x, masks[count_of(spec, name)]) for name, x in metrics.items()}
     if "kl" in values:
-        sums["kl_to_reference"] = jnp.sum(values["kl"])
+        sums["kl_to_reference"] = jnp.sum(values["kl"][..., ::2] if objective.kind == "unpaired" else values["kl"])
     return sums, dict(carry)
 
 
@@ -219,7 +224,7 @@ def batch_loss(
 
 
 def rollout_loss(spec: LossSpec, params: Any, batch: Batch, counts: Counts) -> tuple[Float[Array, ""], Metrics]:
-    """A microbatch's share of the loss of sampled responses, token by token; `weights` sum to 1 over the batch.
+    """A microbatch's share of the loss of sampled responses, token by token, each with its weight in the whole batch.
 
     In the first pass over new responses (`on_policy` 1) the log-probs take the values that were measured before, so
     that ratios are exactly 1 whatever rounding another program has.
@@ -254,13 +259,17 @@ def rollout_loss(spec: LossSpec, params: Any, batch: Batch, counts: Counts) -> t
     metrics["kl_to_old"] = per_token(kl_estimate(old, log_probs, "k3"))
     loss = metrics["policy_loss"]
     if "reference_log_probs" in batch:
-        kl = kl_estimate(log_probs, batch["reference_log_probs"], hyper["kl_estimator"])
-        metrics["kl_to_reference"] = per_token(kl)
+        reference = batch["reference_log_probs"]
+        metrics["kl_to_reference"] = per_token(kl_estimate(log_probs, reference, "k3"))
+        kl = kl_estimate(log_probs, reference, hyper["kl_estimator"])
         loss += hyper["beta"] * weighted(kl)
     if "value" in params:
         apart = None if spec.value_graphdef is None else nnx.merge(spec.value_graphdef, params["value"])
-        scores = hidden @ params["value"]["score"] if apart is None else lp.token_scores(apart, batch)
-        values = lp.token_values(scores.astype(jnp.float32), ids)
+        if apart is None:
+            scores = hidden.astype(jnp.float32) @ params["value"]["score"].astype(jnp.float32)
+        else:
+            scores = lp.token_scores(apart, batch)
+        values = lp.token_values(scores, ids)
         errors = clipped_value_loss(values, batch["old_values"], batch["returns"], clip=hyper["value_clip"])
         metrics["value_loss"] = per_token(errors)
         loss += hyper["value_coef"] * weighted(errors)

@@ -52,7 +52,7 @@ def plan_stage(stage: ConfigDict, data: Dataset, shards: int, seed: int, where: 
     updates = 1
     if OBJECTIVES[stage.objective].kind == "rollout":
         updates = stage.rollout.epochs * stage.rollout.minibatches
-        shape = rollout_shape(stage, train, microbatch_rows, where)
+        shape = rollout_shape(stage, data, microbatch_rows, where)
     else:
         shape = pipeline.plan(train, steps, row_length=stage.row_length, row_multiple=microbatch_rows)
     when = snapshots.schedule(total, log_spaced=stage.snapshots.log_spaced, every=stage.snapshots.every)
@@ -73,7 +73,8 @@ def rollout_shape(stage: ConfigDict, prompts: Dataset, microbatch_rows: int, whe
     if length < longest:
         raise UserError(f"{where}.row_length={length}, but a prompt with its responses may have {longest} tokens")
     rows = -(-groups // microbatch_rows) * microbatch_rows
-    return Shape(rows, length, groups * stage.rollout.samples)
+    sequences = groups * stage.rollout.samples
+    return Shape(rows, length, sequences + sequences % 2)  # pairs take two each
 
 
 def data_batches(plan: StagePlan) -> grain.MapDataset:

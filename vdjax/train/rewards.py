@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from vdjax import sharding
 from vdjax.data import chat, packing, pipeline
@@ -17,6 +18,7 @@ from vdjax.data.examples import Counts
 from vdjax.data.pipeline import Dataset
 from vdjax.errors import UserError, nearest
 from vdjax.models.functional import Model
+from vdjax.train.log import say
 from vdjax.train.losses import LossSpec
 from vdjax.train.stage import device_batch
 from vdjax.train.step import make_score_step
@@ -31,6 +33,8 @@ class Responses(NamedTuple):
     ends: np.ndarray  # int64 [responses]: the place of each response's last token in `data.tokens`
     batches: grain.MapDataset  # all of `data`, packed into one shape
 
+
+UNREADABLE = "..."
 
 Reward = Callable[[Responses], np.ndarray]  # float64 [responses]
 
@@ -66,7 +70,9 @@ def from_function(name: str) -> Reward:
         for text, score in zip(responses.texts, scores, strict=True):
             if not isinstance(score, int | float | np.number) or not math.isfinite(score):
                 raise UserError(f"reward.function={name!r} gave {score!r} for {text[:80]!r}; expected a finite number")
-        return np.array(scores, np.float64)
+        # A function may draw random numbers; all processes must go on with the same rewards.
+        every = np.array(scores, np.float64)
+        return multihost_utils.broadcast_one_to_all(every) if jax.process_count() > 1 else every
 
     return reward
 
@@ -93,22 +99,31 @@ def from_model(model: Model, params: Any, mesh: jax.sharding.Mesh) -> Reward:
 def from_text(
     model: Model, params: Any, mesh: jax.sharding.Mesh, tokenizer: Any, template: chat.Template, max_length: int
 ) -> Reward:
-    """Scores by a reward model with a tokenizer and template of its own, which reads the texts."""
+    """Scores by a reward model with a tokenizer and template of its own, which reads the texts.
+
+    A response is read as a whole turn, through the end that the template gives it, also where it was cut off. One that
+    cannot be read (blank, or with the text of a special token) is scored as "...", and the number of these is said.
+    """
     score, rows = scorer(model, mesh), 4 * sharding.batch_shards(mesh)
     shape = packing.Shape(rows, packing.row_lengths(max_length)[0], rows * max_length)
 
     def reward(responses: Responses) -> np.ndarray:
         each, counts = len(responses.texts) // len(responses.prompts), Counts()
+
+        def render(i: int, text: str) -> chat.Rendered | None:
+            prompt, where = responses.prompts[i // each], f"response {i}"
+            return chat.render_responses(
+                prompt, [text], tokenizer, template, max_length=max_length, counts=counts, where=where
+            )
+
         rendered = []
         for i, text in enumerate(responses.texts):
-            prompt = responses.prompts[i // each]
-            # An empty response has a score too: that of a space.
-            out = chat.render_responses(
-                prompt, [text or " "], tokenizer, template, max_length=max_length, counts=counts, where=str(i)
-            )
+            out = render(i, text) or render(i, UNREADABLE)
             if out is None:
-                raise UserError(f"reward model: response {text[:80]!r} cannot be rendered: {'; '.join(counts.lines())}")
+                raise UserError("\n".join([f"reward model: response {i}: its prompt cannot be read", *counts.lines()]))
             rendered.append(out)
+        if counts.dropped:
+            say(f"reward model: {counts.dropped.total()} responses read as {UNREADABLE!r}: {dict(counts.dropped)}")
         data = pipeline.of_rendered(rendered)
         steps = pipeline.in_order(len(data), rows)
         batches = pipeline.batches(data, steps, shape, rows)

@@ -1,7 +1,8 @@
 """Stages that learn from their own samples: responses, rewards, advantages, and updates on them."""
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -18,7 +19,7 @@ from vdjax.models.lora import join
 from vdjax.objectives import OBJECTIVES
 from vdjax.objectives.advantages import adapt_kl_coef, gae, group_relative, leave_one_out, per_token_rewards, whiten
 from vdjax.objectives.policy_gradient import kl_estimate, token_weights
-from vdjax.sampling.generate import Samples, Sampling, generate
+from vdjax.sampling.generate import Sampling, generate
 from vdjax.sampling.text import response_text
 from vdjax.train.losses import LossSpec
 from vdjax.train.rewards import Responses, Reward
@@ -39,7 +40,7 @@ class Rollouts(NamedTuple):
     old: np.ndarray  # log-probs, in nats
     reference: np.ndarray
     values: np.ndarray
-    gap: float  # mean difference between the sampler's log-probs and those of the scoring pass
+    gap: float  # mean difference between the sampler's log-probs and those of the scoring pass; NaN: other softmax
     seconds: float  # of sampling
 
 
@@ -69,14 +70,15 @@ def prepare(
         sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k)
         # Without adapters the reference is a second copy of the parameters; with them, what they lie beside.
         start = {name: value for name, value in update.frozen.items() if name != "value"} or stage.start()
-        reference = scoring_pass(stage, stage.plain.graphdef, "log_probs")
+        log_probs = scoring_pass(stage, stage.model.graphdef, "log_probs")
+        reference = scoring_pass(stage, stage.plain.graphdef, "log_probs") if stage.model.lora else log_probs
         source = Source(
             stage,
             sampling,
             tokenizer,
             template,
             reward,
-            scoring_pass(stage, stage.model.graphdef, "log_probs"),
+            log_probs,
             lambda responses: reference(start, responses),
             scoring_pass(stage, stage.values.graphdef, "values") if stage.values else no_values,
         )
@@ -94,7 +96,7 @@ def update_spec(stage: Stage) -> LossSpec:
     """The loss of the updates: the stage's own, or of online preference optimization the one on its pairs."""
     name, hyper = stage.config.objective, stage.config.hyper.to_dict()
     if name == "online_dpo":
-        name, hyper = hyper["loss"], {**OBJECTIVES[hyper["loss"]].hyper, "beta": hyper["beta"]}
+        name, hyper = inner_objective(hyper)
     return LossSpec(
         stage.model.graphdef,
         name,
@@ -105,6 +107,12 @@ def update_spec(stage: Stage) -> LossSpec:
         stage.config.rollout.temperature,
         stage.values.graphdef if stage.values and not shares_trunk(stage) else None,
     )
+
+
+def inner_objective(hyper: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The objective on the pairs of online preference optimization; a `beta` of None is that objective's own."""
+    given = {} if hyper["beta"] is None else {"beta": hyper["beta"]}
+    return hyper["loss"], {**OBJECTIVES[hyper["loss"]].hyper, **given}
 
 
 def scoring_pass(stage: Stage, graphdef: Any, what: Literal["log_probs", "values"]) -> Pass:
@@ -144,14 +152,21 @@ def advance(
     measured = measure(rollouts)
     if config.hyper.get("kl_target"):
         adapted = adapt_kl_coef(
-            state.carry["kl_coef"],
+            jnp.float32(kl_coef),
             jnp.float32(measured["kl"]),
             target=config.hyper.kl_target,
             horizon=config.hyper.kl_horizon,
             episodes=len(rollouts.scores),
         )
-        state = state._replace(carry=state.carry | {"kl_coef": adapted})
-    means = {name: sum(m[name] for m in each) / len(each) for name in each[0] if name != "finite"}
+        everywhere = sharding.replicated(stage.mesh)
+        state = state._replace(carry=state.carry | {"kl_coef": sharding.put_global(np.asarray(adapted), everywhere)})
+    learned = [(metrics["tokens"] > 0).astype(jnp.float32) for metrics in each]  # not those without a token
+    total = jnp.maximum(sum(learned), 1)
+    means = {
+        name: sum(share * metrics[name] for share, metrics in zip(learned, each, strict=True)) / total
+        for name in each[0]
+        if name != "finite"
+    }
     finite = jnp.stack([metrics["finite"] for metrics in each]).all()
     facts = facts_of(batches, indices, **measured, **({"kl_coef": kl_coef} if state.carry else {}))
     return state, means | {"finite": finite}, facts
@@ -175,11 +190,12 @@ def roll_out(source: Source, params: Any, prompts: Dataset, indices: np.ndarray,
     policy = {name: value for name, value in params.items() if name != "value"}
     asked = [pipeline.example(prompts, i).tokens for i in indices]
     started = time.perf_counter()
-    sampled = generate(
+    drawn = generate(
         stage.model,
         policy,
         [ids.tolist() for ids in asked for _ in range(samples)],
-        [(stage.seed, step, int(i), k) for i in indices for k in range(samples)],
+        # The place tells apart a prompt that stands twice in a step, at the border of two epochs.
+        [(stage.seed, step, int(i), place, k) for place, i in enumerate(indices) for k in range(samples)],
         sampling,
         source.template.stop_ids,
         stage.mesh,
@@ -187,7 +203,6 @@ def roll_out(source: Source, params: Any, prompts: Dataset, indices: np.ndarray,
     )
     seconds = time.perf_counter() - started
 
-    drawn = Samples(*map(np.asarray, sampled))
     answers = [tokens[:length] for tokens, length in zip(drawn.tokens, drawn.lengths, strict=True)]
     groups = [answers[i : i + samples] for i in range(0, len(answers), samples)]
     data = pipeline.of_rendered([with_answers(ids, group) for ids, group in zip(asked, groups, strict=True)])
@@ -217,7 +232,7 @@ def roll_out(source: Source, params: Any, prompts: Dataset, indices: np.ndarray,
         old,
         grid(source.reference(responses)),
         grid(values),
-        float(np.abs(drawn.log_probs - old)[mask].mean()) if plain else 0.0,
+        float(np.abs(drawn.log_probs - old)[mask].mean()) if plain else math.nan,
         seconds,
     )
 
@@ -239,7 +254,7 @@ def measure(rollouts: Rollouts) -> dict[str, float]:
         "sample_seconds": rollouts.seconds,
         "new_tokens_per_s": lengths.sum() / rollouts.seconds,
     }
-    return {name: float(value) for name, value in values.items()}
+    return {name: float(value) for name, value in values.items() if not math.isnan(value)}
 
 
 def steps_of(parts: Sequence[np.ndarray]) -> grain.MapDataset:
@@ -296,7 +311,7 @@ def pairs_to_learn(rollouts: Rollouts, config: Any, kl_coef: float) -> tuple[Dat
         rendered.append(with_answers(one.tokens[one.branches == 0], [one.tokens[one.branches == k + 1] for k in pair]))
         reference += [np.zeros((one.branches == 0).sum())]
         reference += [rollouts.reference[group * samples + k][rollouts.mask[group * samples + k]] for k in pair]
-    if not rendered:  # nothing to learn: a step without a scored token, whose gradient is 0
+    if not rendered:  # nothing to learn: updates without a token
         return pipeline.take(data, 0, 0), {"reference_log_probs": np.zeros(0, np.float32)}
     return pipeline.of_rendered(rendered), {"reference_log_probs": np.concatenate(reference).astype(np.float32)}
 

@@ -83,7 +83,12 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, carry)
 
-        state = jax.lax.cond(finite, update, lambda state: state, state)
+        def skip(state: TrainState) -> TrainState:
+            return state._replace(step=state.step + 1)
+
+        # Without a token there is nothing to learn, and the moments of earlier steps must not move anything.
+        case = jnp.where(finite, jnp.where(counts["tokens"] > 0, 0, 1), 2)
+        state = jax.lax.switch(case, (update, skip, lambda state: state), state)
         return state, metrics | counts | {"grad_norm": grad_norm, "finite": finite}
 
     return train_step
