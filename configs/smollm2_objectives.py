@@ -52,15 +52,16 @@ def get_config(chosen: str = "preference,unpaired,rollout") -> ConfigDict:
     for name in names:
         kind = OBJECTIVES[name].kind
         data = {**hh, "skip_examples": 160, "max_examples": 300}
-        c[name] = base.stage(name, init_from="sft", data=data, batch_size=4, **shared)
+        c[name] = base.stage(name, init_from="sft", data=data, batch_size=2, **shared)
         if kind == "preference":
-            c[name].update({"eval_examples": 16, "log_kl": True})
+            c[name].update({"eval_examples": 8, "log_kl": True})
         if kind == "unpaired":
-            c[name].update({"eval_examples": 32, "batch_size": 8})  # as many responses as in the pairs
+            c[name].update({"eval_examples": 16, "batch_size": 4})  # as many responses as in the pairs
         if kind == "rollout":
-            c[name].batch_size = 8 // c[name].rollout.samples  # eight responses a step
+            c[name].rollout.samples = min(4, c[name].rollout.samples)
+            c[name].batch_size = 4 // c[name].rollout.samples  # four responses a step
             c[name].rollout.max_new_tokens = 24
-            c[name].eval_examples = 8
+            c[name].eval_examples = 4
             c[name].reward.update({"model": "reward", "missing_eos_penalty": 1.0})
         stages.append(name)
     c.stages = tuple(stages)

@@ -61,7 +61,7 @@ def test_files_are_written_and_nothing_is_left_over(run):
     workdir, *_ = run
     files = {str(p.relative_to(workdir)) for p in workdir.rglob("*") if p.is_file() and "tfevents" not in p.name}
     assert files == {
-        "drift/stances.csv", "drift/drift.csv", "report.html",
+        "drift/stances.csv", "drift/drift.csv", "drift/stages.csv", "report.html",
         "figures/trajectories-1.png", "figures/drift-1.png", "figures/training-1.png",
     }  # fmt: skip
     assert all((workdir / f).read_bytes().startswith(b"\x89PNG") for f in files if f.endswith("png"))
@@ -113,7 +113,7 @@ def test_report_says_what_happened(run):
 def test_same_input_same_files(run, tmp_path):
     workdir, scores, facts, _ = run
     report.write(tmp_path, scores, STAGES, training_curves(), facts)
-    for name in ("report.html", "drift/drift.csv", "drift/stances.csv", "figures/trajectories-1.png"):
+    for name in ("report.html", "drift/drift.csv", "drift/stages.csv", "drift/stances.csv", "figures/trajectories-1.png"):
         assert (tmp_path / name).read_bytes() == (workdir / name).read_bytes(), name
 
 
@@ -206,3 +206,21 @@ def test_significant_drifts_come_before_larger_ones_that_are_not():
         }
     )
     assert summary.by_importance(drift)["topic"].tolist() == ["beta", "gamma", "alpha", "delta"]
+
+
+def test_how_each_stage_ended(run):
+    """Held-out values go before training ones; a stage without probes has no drift."""
+    _, _, _, analysis = run
+    rows = [("sft", step, "loss", float(step)) for step in range(1, 11)]
+    rows += [("rm", 4, "loss", 0.7), ("rm", 0, "eval_loss", 0.9), ("rm", 4, "eval_loss", 0.6), ("rm", 4, "kl", 2.0)]
+    training = pd.DataFrame(rows, columns=["stage", "step", "metric", "value"])
+    stages = [STAGES[0], StageInfo("rm", "reward_model", 4, None)]
+    sft, rm = summary.outcomes(training, analysis.drift, stages).to_dict("records")
+    assert sft["loss"] == 8.0  # the mean of 6 to 10
+    assert (sft["largest_topic"], sft["objective"]) == ("beta", STAGES[0].objective)
+    drift = analysis.drift[(analysis.drift["stage"] == "sft") & (analysis.drift["topic"] != "all")]
+    assert abs(sft["largest_magnitude"]) == drift["magnitude"].abs().max()
+    assert (rm["loss"], rm["kl_response"]) == (0.6, 2.0)
+    assert pd.isna(rm["largest_topic"]) and pd.isna(rm["kl"])
+    page = report.render(make_scores({}), stages, analysis, summary.outcomes(training, analysis.drift, stages), {}, {})
+    assert "not probed" in page and "nan" not in page.lower().replace("governance", "")

@@ -34,7 +34,13 @@ PANELS = (  # title, metrics drawn in it; the prefix eval_ marks the held-out va
     ("loss", ("loss", "eval_loss")),
     ("reward accuracy", ("reward_accuracy", "eval_reward_accuracy")),
     ("reward margin", ("reward_margin", "eval_reward_margin")),
+    ("reward", ("reward", "eval_reward")),
     ("KL to reference", ("kl_to_reference", "eval_kl_to_reference")),
+    ("KL of a response", ("kl", "eval_kl")),
+    ("response length", ("response_length", "eval_response_length")),
+    ("entropy", ("entropy", "eval_entropy")),
+    ("clip fraction", ("clip_fraction",)),
+    ("value loss", ("value_loss",)),
     ("gradient norm", ("grad_norm",)),
     ("learning rate", ("learning_rate",)),
 )

@@ -1,7 +1,6 @@
 """The drift report: CSV tables, figures, TensorBoard and one HTML file, all from the scores of a run."""
 
 import base64
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,7 +87,7 @@ def render(
         "probability": summary.probability,
         "percent": summary.percent,
         "flat": _flat,
-        "number": lambda value: "–" if math.isnan(value) else f"{value:.4g}".replace("-", "−"),
+        "number": lambda value: "–" if value is None else f"{value:.4g}".replace("-", "−"),
     }
     environment.globals["interval"] = lambda low, high: summary.interval(low, high).replace("-", "−")
     drift = summary.by_importance(analysis.drift)
@@ -103,7 +102,7 @@ def render(
         probes=facts.get("probes") or {},
         particulars={key: value for key, value in facts.items() if key not in known},
         stages=rows,
-        outcomes=outcomes.to_dict("records"),
+        outcomes=outcomes.astype(object).where(outcomes.notna(), None).to_dict("records"),
         columns=[name for name in summary.OUTCOMES if outcomes[name].notna().any()],
         significant=drift[drift["significant"].astype(bool)].to_dict("records"),
         comparisons=len(drift),
