@@ -1,6 +1,7 @@
 """Learning from sampled responses: problems with known answers, the first step, interruption, the loss's gradient."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,31 @@ def test_the_reward_model_learns_and_ppo_uses_it(finished: Path) -> None:
     assert ppo[0]["eval_reward"] != 0 and ppo[0]["eval_kl"] == 0
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("lora.rank=2",),
+        ("lora.rank=2", "hyper.value_model=shared", "rollout.minibatches=3"),
+        ("hyper.value_model=shared", "rollout.temperature=0.7", "rollout.top_p=0.9"),
+    ],
+    ids=["adapters", "adapters-shared", "shared-temperature"],
+)
+def test_other_ways_of_ppo(overrides: tuple[str, ...], finished: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """From the same reward model; the last batch of an epoch has fewer prompts than minibatches."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("ppo", "config.json", "tb"))
+    flags = [f"--config.ppo.{override}" for override in (*overrides, "batch_size=4")]
+    run(config_of(tiny_data, "ppo", *flags), workdir)
+    rows = [row for row in metrics(workdir, "ppo") if "loss" in row]
+    assert rows[0]["kl"] == 0 and rows[0]["value_loss"] > 0 and all(0.5 < row["ratio"] < 2 for row in rows)
+    assert rows[-1]["kl"] != 0
+    assert ("sampler_gap" in rows[0]) == ("rollout.temperature=0.7" not in overrides)
+    steps = snapshots.kept(workdir / "ppo" / "snapshots")
+    before, after = (runs.open_snapshot(workdir / "ppo" / "snapshots" / str(step)) for step in (0, steps[-1]))
+    assert (before.params["layers"]["q_proj"] != after.params["layers"]["q_proj"]).any()
+    assert ((before.params["embed"] == after.params["embed"]).all()) == ("lora.rank=2" in overrides)
+
+
 def test_rewards_are_the_reward_models_own(finished: Path, tiny_data: Path) -> None:
     """Reading the policy's tokens, reading the text anew, and the model itself on one response at a time."""
     opened = runs.open_snapshot(finished / "reward" / "snapshots" / "6")
@@ -184,6 +210,10 @@ def test_rewards_are_the_reward_models_own(finished: Path, tiny_data: Path) -> N
         responses = rewards.Responses(prompts, texts, data, np.array(ends), batches)
         on_tokens = rewards.from_model(opened.model, opened.params, made.mesh)(responses)
         on_text = rewards.from_text(opened.model, opened.params, made.mesh, tok, made.template, 96)(responses)
+        unreadable = rewards.from_text(opened.model, opened.params, made.mesh, tok, made.template, 96)
+        odd = unreadable(responses._replace(texts=["", "\n", "<|im_end|>", "..."]))
+    assert odd[0] == pytest.approx(odd[1], abs=1e-5) and odd[2] == pytest.approx(odd[3], abs=1e-5)
+    assert abs(odd[0] - odd[2]) > 1e-3  # another prompt
     assert np.ptp(one_by_one) > 1e-3
     np.testing.assert_allclose(on_tokens, one_by_one, atol=1e-5)
     np.testing.assert_allclose(on_text, one_by_one, atol=1e-5)

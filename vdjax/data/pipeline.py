@@ -30,7 +30,7 @@ class Dataset(NamedTuple):
     offsets: np.ndarray  # int64 [examples + 1]
     ids: Sequence[str]
     labels: np.ndarray  # float32 [examples]: `examples.Example.label`
-    prompts: Sequence[Any]  # of kind "prompt": each example's prompt, text or messages; of other kinds empty
+    prompts: Sequence[Any]  # of kind "prompt": each one as the data have it, text or messages; of other kinds empty
     counts: dict[str, Any]  # rows read, dropped and changed, by reason (`sources.Counts`)
     key: str  # hash of all that the tokens depend on
 
