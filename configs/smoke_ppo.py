@@ -30,6 +30,7 @@ def get_config(objective: str = "ppo") -> ConfigDict:
         data=pairs,
         eval_examples=20,
         batch_size=8,
+        epochs=2,
         max_steps=20,
         max_length=256,
         rollout={"max_new_tokens": 48, "minibatches": 2},
