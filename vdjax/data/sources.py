@@ -93,7 +93,7 @@ def load(spec: Mapping[str, Any], *, seed: int = 0, counts: Counts) -> Iterator[
 
 
 def _prompts(examples: Iterator[Example]) -> Iterator[Example]:
-    return (example._replace(responses=()) for example in examples)
+    return (example._replace(responses=(), label=0.0) for example in examples)
 
 
 def _unpaired(examples: Iterator[Example]) -> Iterator[Example]:
