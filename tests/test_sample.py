@@ -192,7 +192,7 @@ def test_wrong_flags_are_refused(
 def test_a_reward_model_is_refused(
     finished: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(sample.experiment, "stage_head", lambda config, name: "score")
+    monkeypatch.setattr(sample.runs, "stage_head", lambda config, name: "score")
     monkeypatch.setattr(sample.runs, "open_snapshot", lambda *_: sample.runs.Opened({}, "rm", *[None] * 3))
     assert run(sample, monkeypatch, "--model", str(finished[0] / "sft" / "snapshots" / "6")) == 2
     assert "trains a reward model" in capsys.readouterr().err

@@ -58,7 +58,7 @@ def test_a_bandit_and_a_say_this_token_task_are_solved(
         "grpo",
         "--config.rl.batch_size=8",
         "--config.rl.epochs=100",
-        "--config.rl.max_steps=70",
+        "--config.rl.max_steps=110",
         "--config.rl.rollout.samples=8",
         f"--config.rl.rollout.max_new_tokens={tokens}",
         f"--config.rl.reward.function={tiny.HERE / 'tiny_rewards.py'}:{problem}",
