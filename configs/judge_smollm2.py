@@ -31,6 +31,8 @@ def get_config(topics: str = "held_out") -> ConfigDict:
     hold_out = HELD_OUT if topics == "held_out" else ()
     c = base.experiment()
     c.model.path = "models/smollm2-135m"
+    c.model.compute_dtype = "bfloat16"  # parameters stay float32
+    c.model.remat = "full"
     c.persona = "data/model-written-evals"
     c.resume_every = 25
 
@@ -47,6 +49,7 @@ def get_config(topics: str = "held_out") -> ConfigDict:
         eval_examples=108,
         eval_every=56,
         batch_size=16,
+        microbatch_rows=6,  # all rows of a step at once
         max_length=256,
         optimizer={"learning_rate": 3e-4},
         snapshots={"log_spaced": 0, "probe": False},

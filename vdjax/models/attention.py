@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vdjax.models.config import ModelConfig
 from vdjax.models.llama3 import scale_frequencies
+from vdjax.models.products import matmul
 
 MASKED = -1e30  # finite, so that padding, which sees nothing, gives finite outputs and gradients
 
@@ -81,13 +82,13 @@ def attention(
     kv_heads = k.shape[2]
     # The query heads of one key/value head lie side by side, so that each is one matrix product with no copy of k, v.
     q = q.reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1)
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
 
     def block(q: Array, k: Array, v: Array, bias: Array) -> Array:
         rows = q.reshape(batch, kv_heads, -1, dim)
-        scores = jnp.einsum("bkqd,bkdm->bkqm", rows, k, preferred_element_type=jnp.float32) * dim**-0.5
+        scores = matmul(rows, k, jnp.float32) * dim**-0.5
         weights = jax.nn.softmax(scores.reshape(*q.shape[:-1], -1) + bias[:, None, None], axis=-1).astype(v.dtype)
-        return jnp.einsum("bkqm,bkdm->bkqd", weights.reshape(*rows.shape[:-1], -1), v).reshape(q.shape)
+        return matmul(weights.reshape(*rows.shape[:-1], -1), v).reshape(q.shape)
 
     blocks = []
     for start in range(0, length, query_chunk or length):
@@ -101,7 +102,7 @@ def attention(
         )
         bias = jnp.where(mask, 0.0, MASKED)
         apply = jax.checkpoint(block) if query_chunk else block
-        blocks.append(apply(q[..., start:end, :], k[..., :end], v[..., :end], bias))
+        blocks.append(apply(q[..., start:end, :], k[..., :end], v[..., :end, :], bias))
     out = jnp.concatenate(blocks, axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
 
@@ -115,6 +116,6 @@ def cached_attention(
     """Softmax attention of one query a row with the slots of a cache that it sees; arithmetic as in `attention`."""
     batch, _, heads, dim = q.shape
     rows = q.reshape(batch, keys.shape[1], -1, dim)
-    scores = jnp.einsum("bkqd,bkdm->bkqm", rows, keys, preferred_element_type=jnp.float32) * dim**-0.5
+    scores = matmul(rows, keys, jnp.float32) * dim**-0.5
     weights = jax.nn.softmax(scores + jnp.where(seen, 0.0, MASKED)[:, None, None], axis=-1).astype(values.dtype)
-    return jnp.einsum("bkqm,bkmd->bkqd", weights, values).reshape(batch, 1, heads, dim)
+    return matmul(weights, values).reshape(batch, 1, heads, dim)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -14,12 +15,14 @@ from vdjax.errors import UserError
 from vdjax.models.attention import apply_rope, attention, rope_tables
 from vdjax.models.config import ModelConfig
 from vdjax.models.lora import Lora
+from vdjax.models.products import matmul
 from vdjax.sharding import constrain
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "full"]
 
 INIT_STDDEV = 0.02
+LINEAR = "linear"  # name of the results that remat="dots" keeps
 SUM_PARTS = 4  # of the sums over a kernel's inputs when `Transformer.logits` computes in float32: half the rounding
 
 
@@ -35,9 +38,9 @@ def product(
 ) -> Float[Array, "rows outer"]:
     """x @ kernel, with the sum over `inner` taken in `parts` parts: more of them round less and take longer."""
     if parts == 1:
-        return x @ kernel
+        return matmul(x, kernel)
     pieces = zip(jnp.array_split(x, parts, axis=1), jnp.array_split(kernel, parts, axis=0), strict=True)
-    return sum((a @ b for a, b in pieces), start=jnp.zeros((), x.dtype))
+    return sum((matmul(a, b) for a, b in pieces), start=jnp.zeros((), x.dtype))
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike, axes: tuple[str, ...]) -> nnx.Param:
@@ -85,8 +88,8 @@ class Layer(nnx.Module):
         out = product(rows, getattr(self, name)[...].astype(x.dtype), self.sum_parts)
         if self.lora and name in self.lora.targets:
             a, b = (getattr(self, f"{name}_lora_{side}")[...].astype(x.dtype) for side in "ab")
-            out += (rows @ a) @ b * (self.lora.alpha / self.lora.rank)
-        return out.reshape(*x.shape[:-1], -1)
+            out += matmul(matmul(rows, a), b) * (self.lora.alpha / self.lora.rank)
+        return checkpoint_name(out, LINEAR).reshape(*x.shape[:-1], -1)
 
     def attention_inputs(
         self, x: Float[Array, "batch length width"], cos: Array, sin: Array
@@ -203,7 +206,7 @@ class Transformer(nnx.Module):
 
         if self.remat != "none":
             policies = jax.checkpoint_policies
-            policy = policies.nothing_saveable if self.remat == "full" else policies.dots_with_no_batch_dims_saveable
+            policy = policies.nothing_saveable if self.remat == "full" else policies.save_only_these_names(LINEAR)
             # Without a loop between the forward and the recomputed layer XLA would merge the two.
             apply_layer = jax.checkpoint(apply_layer, policy=policy, prevent_cse=self.unroll is True)
         x, _ = jax.lax.scan(apply_layer, x, nnx.to_pure_dict(stacked), unroll=self.unroll)
@@ -216,10 +219,8 @@ class Transformer(nnx.Module):
     def project(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """Float32 logits of hidden states: inputs in the compute dtype, sums in float32."""
         table = self.embed if self.cfg.tie_embeddings else self.lm_head
-        contract_width = (((hidden.ndim - 1,), (1,)), ((), ()))
-        return jax.lax.dot_general(
-            hidden, table[...].astype(hidden.dtype), contract_width, preferred_element_type=jnp.float32
-        )
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return matmul(rows, table[...].astype(hidden.dtype).T, jnp.float32).reshape(*hidden.shape[:-1], -1)
 
     def logits(
         self,
