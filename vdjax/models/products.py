@@ -28,7 +28,7 @@ def _forward(a: Array, b: Array, dtype: DTypeLike | None) -> tuple[Array, tuple[
 def _backward(_: DTypeLike | None, operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     a, b = operands
     g = cotangent.astype(a.dtype)
-    return _dot(g, b, g.ndim - 1, b.ndim - 1, a.dtype), _transposed_dot(a, g, b.dtype)
+    return _dot(g, b, g.ndim - 1, b.ndim - 1, a.dtype), transposed_matmul(a, g, b.dtype)
 
 
 matmul.defvjp(_forward, _backward)
@@ -41,8 +41,10 @@ def _dot(a: Array, b: Array, a_axis: int, b_axis: int, dtype: DTypeLike) -> Arra
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32).astype(dtype)
 
 
-def _transposed_dot(a: Array, g: Array, dtype: DTypeLike) -> Array:
-    """The transpose of `a` times `g`."""
+def transposed_matmul(
+    a: Float[Array, "*batch inner rows"], g: Float[Array, "*batch inner outer"], dtype: DTypeLike
+) -> Float[Array, "*batch rows outer"]:
+    """The transpose of `a` times `g`, sums in float32; for backward passes, it has none itself."""
 
     def direct(a: Array, g: Array) -> Array:
         return _dot(a, g, a.ndim - 2, g.ndim - 2, dtype)

@@ -104,7 +104,7 @@ def prefill(
     for params in layers:
         layer = nnx.merge(graphdef, params).layers
         q, k, v = layer.attention_inputs(x, cos, sin)
-        mixed = attention(q, k, v, segments, jnp.zeros_like(segments), query_chunk=layer.query_chunk)
+        mixed = attention(q, k, v, segments, query_chunk=layer.query_chunk)
         x = layer.after_attention(x, mixed)
         keys = jnp.pad(unpacked(k, prompts.places).transpose(0, 2, 3, 1), (no_room, no_room, no_room, room))
         values = jnp.pad(unpacked(v, prompts.places).transpose(0, 2, 1, 3), (no_room, no_room, room, no_room))
