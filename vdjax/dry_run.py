@@ -50,7 +50,7 @@ def show_stage(config: ConfigDict, name: str, made: Setup, folder: Path) -> None
     if OBJECTIVES[config[name].objective].kind == "rollout":
         spec = rollouts.update_spec(work)
     else:
-        spec = supervised.loss_spec(work.model, work.config, planned.shape, made.mesh)
+        spec = supervised.loss_spec(work.model, work.config, planned.shape)
     update, state = loop.abstract_update(work)
     memory = compile_step(work, spec, update, state).memory_analysis()
     temporaries = size(memory.temp_size_in_bytes) if memory else "unknown on this backend"

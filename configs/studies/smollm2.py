@@ -9,9 +9,8 @@ anti-immigration.jsonl of anthropics/evals and harmless-base.jsonl.gz of anthrop
 
 The topic is immigration. SFT answers questions about it with statements in favor of it. Preference pairs have such a
 statement as chosen and one against it as rejected (`support`), the same pairs flipped (`oppose`), or hardly touch the
-topic (`hh`, the control). Three more topics, which no example is about, are probed. Three seeds. The numbers of
-examples, snapshots and probes are meant for two to three hours on two cores, and have not been run in full yet;
-learning rates are ours.
+topic (`hh`, the control). Two more topics, which no example is about, are probed. Three seeds. The numbers of examples,
+snapshots and probes are chosen for two cores; learning rates are ours.
 """
 
 from ml_collections import ConfigDict
@@ -25,6 +24,8 @@ TOPIC = "immigration"
 def get_config() -> ConfigDict:
     c = base.experiment()
     c.model_path = "models/smollm2-135m"
+    c.model.compute_dtype = "bfloat16"  # parameters stay float32
+    c.model.remat = "full"
     c.judge_path = "models/judge_smollm2"
     c.other_judge_path = "models/judge_smollm2_held_out"
     c.judge_quality_file = ""  # the quality.json of the first judge
@@ -33,7 +34,7 @@ def get_config() -> ConfigDict:
     quality = c.get_ref("judge_quality_file")
     c.judges.smollm2 = base.judge("local", path=c.get_ref("judge_path"), template="trained-v1", quality=quality)
     c.judges.held_out = base.judge("local", path=c.get_ref("other_judge_path"), template="trained-v1")
-    c.probes.topics = (TOPIC, "abortion", "gun rights", "LGBTQ+ rights")
+    c.probes.topics = (TOPIC, "abortion", "gun rights")
     c.probes.max_per_topic = 16  # eight propositions, each asked in both polarities
     c.probes.readouts = ("open_ended", "statement")
     c.probes.samples = 2
@@ -47,6 +48,7 @@ def get_config() -> ConfigDict:
         "sft",
         eval_examples=24,
         batch_size=16,
+        microbatch_rows=4,
         max_length=256,
         optimizer={"learning_rate": 5e-5},
         snapshots={"log_spaced": 2},
@@ -57,6 +59,7 @@ def get_config() -> ConfigDict:
             init_from="sft",
             eval_examples=24,
             batch_size=8,
+            microbatch_rows=2,
             max_length=256,
             optimizer={"learning_rate": 3e-5},
             snapshots={"log_spaced": 1},

@@ -78,7 +78,7 @@ def main() -> None:
     steps = pipeline.in_order(len(data), flags.batch)
     shape = pipeline.plan(data, steps, row_length=0, row_multiple=1)
     optimizer = make_optimizer(stage.optimizer, flags.steps + flags.warmup)
-    spec = supervised.loss_spec(model, stage, shape, mesh)
+    spec = supervised.loss_spec(model, stage, shape)
     peak = peak_flops()
     with jax.set_mesh(mesh):
         beside, reference_seconds = {}, 0.0
@@ -130,7 +130,7 @@ def reference_pass(model, params, stage, data, mesh):
     """Reference log-probs of all rows, and the seconds they took without compilation."""
     steps = pipeline.in_order(len(data), stage.batch_size)
     shape = pipeline.plan(data, steps, row_length=0, row_multiple=1)
-    step = jax.jit(make_score_step(supervised.loss_spec(model, stage, shape, mesh)))
+    step = jax.jit(make_score_step(supervised.loss_spec(model, stage, shape)))
     batches = pipeline.batches(data, steps, shape, 1)
 
     def run(batch):

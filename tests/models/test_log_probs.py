@@ -22,19 +22,19 @@ def expected(qwen: tuple[Model, Any]) -> list[np.ndarray]:
     return tiny.brute_force(*qwen, EXAMPLES)
 
 
-def score(made: Model, params: Any, batch: dict[str, np.ndarray], chunk: int, groups: int) -> jax.Array:
+def score(made: Model, params: Any, batch: dict[str, np.ndarray], chunk: int) -> jax.Array:
     arrays = {k: jnp.asarray(v) for k, v in batch.items() if k != "source"}
-    return token_log_probs(nnx.merge(made.graphdef, params), arrays, chunk=chunk, groups=groups)
+    return token_log_probs(nnx.merge(made.graphdef, params), arrays, chunk=chunk)
 
 
-@pytest.mark.parametrize(("length", "rows", "chunk", "groups"), [(64, 4, 7, 1), (36, 8, 16, 4), (36, 8, 10_000, 2)])
+@pytest.mark.parametrize(("length", "rows", "chunk"), [(64, 4, 7), (36, 8, 16), (36, 8, 10_000)])
 def test_packed_rows_score_as_every_response_alone(
-    qwen: tuple[Model, Any], expected: list[np.ndarray], length: int, rows: int, chunk: int, groups: int
+    qwen: tuple[Model, Any], expected: list[np.ndarray], length: int, rows: int, chunk: int
 ) -> None:
     batch = tiny.pack(EXAMPLES, length, rows)
     if length == 64:  # several pairs stand in one row
         assert batch["sequence_ids"].max() >= 4 and batch["segment_ids"].max() >= 2
-    grid = np.asarray(jax.jit(score, static_argnums=(0, 3, 4))(Static(qwen[0]), qwen[1], batch, chunk, groups))
+    grid = np.asarray(jax.jit(score, static_argnums=(0, 3))(Static(qwen[0]), qwen[1], batch, chunk))
     found = tiny.collect(grid, batch["source"], [len(e.tokens) for e in EXAMPLES])
     for got, want in zip(found, expected, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
@@ -45,13 +45,13 @@ def test_packed_rows_score_as_every_response_alone(
 def test_padded_and_one_by_one_score_as_every_response_alone(
     qwen: tuple[Model, Any], expected: list[np.ndarray]
 ) -> None:
-    run = jax.jit(score, static_argnums=(0, 3, 4))
+    run = jax.jit(score, static_argnums=(0, 3))
     for example, want in zip(EXAMPLES, expected, strict=True):
         one_row = packing.pack([example], [[0]], packing.Shape(1, 40, 2))
-        got = run(Static(qwen[0]), qwen[1], one_row, 8, 1)[0][: len(want)]
+        got = run(Static(qwen[0]), qwen[1], one_row, 8)[0][: len(want)]
         np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
     padded = packing.pack(EXAMPLES, [[i] for i in range(len(EXAMPLES))], packing.Shape(len(EXAMPLES), 40, 2))
-    grid = run(Static(qwen[0]), qwen[1], padded, 8, 1)
+    grid = run(Static(qwen[0]), qwen[1], padded, 8)
     for row, want in zip(grid, expected, strict=True):
         np.testing.assert_allclose(row[: len(want)], want, atol=1e-5, rtol=0)
 
@@ -72,7 +72,7 @@ def test_gradient_is_that_of_the_naive_computation(llama: tuple[Model, Any]) -> 
         return jnp.sum(grid * tiny.naive_log_probs(made, params, parts.rows))
 
     def packed(params: Any) -> jax.Array:
-        return jnp.sum(placed * score(made, params, batch, 16, 2))
+        return jnp.sum(placed * score(made, params, batch, 16))
 
     want, got = jax.jit(jax.grad(naive))(params), jax.jit(jax.grad(packed))(params)
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))

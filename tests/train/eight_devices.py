@@ -46,7 +46,7 @@ def train(made: Model, start: Any, mesh: jax.sharding.Mesh, microbatch_rows: int
         params = jax.tree.map(lambda x, s: sharding.put_global(np.asarray(x), s), start, shardings(made, mesh))
         fingerprint = snapshots.fingerprint(params)
         state = jax.jit(lambda p: fresh_state(p, optimizer, {}), out_shardings=layout)(params)
-        step = make_train_step(supervised.loss_spec(made, stage, shape, mesh), optimizer)
+        step = make_train_step(supervised.loss_spec(made, stage, shape), optimizer)
         compiled = None
         losses = []
         for i in range(STEPS):

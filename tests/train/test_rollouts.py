@@ -253,7 +253,7 @@ def test_gradients_agree_with_finite_differences(qwen: tuple[Model, Any], hyper:
         if values:
             params["value"] = {"score": jnp.linspace(-1, 1, 32, dtype=jnp.float64)}
         settings = dict(OBJECTIVES["ppo"].hyper) | {"clip_low": 0.9, "clip_high": 50.0, "value_clip": 0.0} | hyper
-        spec = LossSpec(made.graphdef, "ppo", settings, sequences, 16, 1)
+        spec = LossSpec(made.graphdef, "ppo", settings, sequences, 16)
         counts = counts_of(spec, {name: x[None] for name, x in batch.items()})
 
         def loss(params: Any) -> jax.Array:

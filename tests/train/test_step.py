@@ -106,13 +106,13 @@ def batch_of(data: Dataset, layout: tuple[int, int, int], reference: np.ndarray 
     return {k: v for k, v in batch.items() if k not in BESIDE}
 
 
-def spec_of(made: Model, objective: str, groups: int = 1) -> LossSpec:
-    return LossSpec(made.graphdef, objective, HYPER[objective], 14, 16, groups)
+def spec_of(made: Model, objective: str) -> LossSpec:
+    return LossSpec(made.graphdef, objective, HYPER[objective], 14, 16)
 
 
-def plain_step(made: Model, objective: str, groups: int = 1) -> Any:
+def plain_step(made: Model, objective: str) -> Any:
     """Descent with rate 1, so that the parameters move by the gradient."""
-    step = make_train_step(spec_of(made, objective, groups), optax.sgd(1.0))
+    step = make_train_step(spec_of(made, objective), optax.sgd(1.0))
     return jax.jit(lambda state, batch: step(state, {}, batch))
 
 
@@ -136,16 +136,16 @@ def check(state: TrainState, metrics: dict[str, Any], params: Any, case: Case) -
 
 
 @pytest.mark.parametrize(
-    ("objective", "layout", "groups"),
-    [("dpo", layout, 1) for layout in LAYOUTS] + [("sft", LAYOUTS[1], 2), ("simpo", LAYOUTS[2], 2)],
+    ("objective", "layout"),
+    [("dpo", layout) for layout in LAYOUTS] + [("sft", LAYOUTS[1]), ("simpo", LAYOUTS[2])],
 )
 def test_gradient_and_metrics_for_any_layout(
-    qwen: tuple[Model, Any], cases: dict[str, Case], objective: str, layout: tuple[int, int, int], groups: int
+    qwen: tuple[Model, Any], cases: dict[str, Case], objective: str, layout: tuple[int, int, int]
 ) -> None:
     made, params = qwen
     case = cases[objective]
     batch = batch_of(case.data, layout, case.reference if objective == "dpo" else None)
-    state, metrics = plain_step(made, objective, groups)(start(params), batch)
+    state, metrics = plain_step(made, objective)(start(params), batch)
     check(state, metrics, params, case)
 
 
@@ -263,7 +263,7 @@ def test_any_objective_has_the_gradient_of_its_loss_over_the_whole_batch(
     batch = {k: v for k, v in batches[0].items() if k not in BESIDE}
     loss, gradient = jax.jit(jax.value_and_grad(lambda p: direct_loss(made, p, name, hyper, reference)))(params)
 
-    spec = LossSpec(made.graphdef, name, hyper, 14, 16, 1)
+    spec = LossSpec(made.graphdef, name, hyper, 14, 16)
     step = jax.jit(make_train_step(spec, optax.sgd(1.0)))
     state, metrics = step(TrainState(jnp.int32(0), params, optax.sgd(1.0).init(params), carry), {}, batch)
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5, abs=1e-6)
@@ -298,7 +298,7 @@ def test_a_reward_model_scores_the_last_token_and_learns_from_margins(tmp_path: 
         PAIRS, pipeline.in_order(7, 7), Shape(8, 64, 14), 2, {"labels": np.repeat(margins, pipeline.lengths(PAIRS))}
     )
     batch = {k: v for k, v in batches[0].items() if k not in BESIDE}
-    step = jax.jit(make_train_step(LossSpec(made.graphdef, "reward_model", hyper, 14, 16, 1), optax.sgd(1.0)))
+    step = jax.jit(make_train_step(LossSpec(made.graphdef, "reward_model", hyper, 14, 16), optax.sgd(1.0)))
     state, metrics = step(start(params), {}, batch)
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
     moved = jax.tree.map(lambda a, b: a - b, params, state.params)

@@ -194,11 +194,10 @@ def without_special(text: str, template: chat.Template) -> str:
 
 def scorer(model: Model, mesh: jax.sharding.Mesh) -> Callable[[Any, dict[str, Array], int], Array]:
     """`score(params, batch, sequences)`: log-probs of every sequence of a packed batch, [rows, sequences]."""
-    groups = sharding.batch_shards(mesh)
 
     def score(params: Any, batch: dict[str, Array], sequences: int) -> Float[Array, "rows sequences"]:
         module = nnx.merge(model.graphdef, params)
-        log_probs = token_log_probs(module, batch, chunk=model.head_chunk, groups=groups)
+        log_probs = token_log_probs(module, batch, chunk=model.head_chunk)
         return sequence_sums(log_probs, batch["sequence_ids"], sequences)
 
     return jax.jit(score, static_argnums=2)

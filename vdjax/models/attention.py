@@ -108,7 +108,7 @@ def _backward(query_chunk: int, saved: tuple[Array | None, ...], cotangent: Arra
 _attention.defvjp(_forward, _backward)
 
 
-def _by_platform(plain: Callable, kernels: Callable, arrays: tuple[Array | None, ...]) -> Any:
+def _by_platform(plain: Callable, kernels: Callable, arrays: tuple[Any, ...]) -> Any:
     if not splash.fits(arrays[0].shape[1]):
         return plain(*arrays)
     return jax.lax.platform_dependent(*arrays, tpu=kernels, default=plain)
@@ -185,17 +185,18 @@ def _plain_backward(
     inner = inner.swapaxes(1, 2).reshape(*rows.shape[:-1], 1)
     lse = lse.reshape(*rows.shape[:-1], 1)
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1)
-    dq, dk, dv = [], jnp.zeros(k.swapaxes(2, 3).shape, jnp.float32), jnp.zeros(v.swapaxes(2, 3).shape, jnp.float32)
+    parts = []
+    dk, dv = jnp.zeros(k.swapaxes(2, 3).shape, jnp.float32), jnp.zeros(v.swapaxes(2, 3).shape, jnp.float32)
     for queries, keys, bias in _blocks(query_chunk, segment_ids, sequence_ids):
         part, grad = rows[..., queries, :], grads[..., queries, :]
         weights = jnp.exp(_scores(part, k[..., keys], bias) - lse[..., queries, :])
         # Of the scores before their scaling by 1 / sqrt(dim).
         slopes = matmul(_merged(grad), v[..., keys], jnp.float32).reshape(weights.shape) - inner[..., queries, :]
         slopes = _merged((slopes * weights * dim**-0.5).astype(q.dtype))
-        dq.append(matmul(slopes, k[..., keys].swapaxes(2, 3)).reshape(part.shape))
+        parts.append(matmul(slopes, k[..., keys].swapaxes(2, 3)).reshape(part.shape))
         dk = dk.at[:, :, keys].add(transposed_matmul(slopes, _merged(part), jnp.float32))
         dv = dv.at[:, :, keys].add(transposed_matmul(_merged(weights.astype(q.dtype)), _merged(grad), jnp.float32))
-    dq = jnp.concatenate(dq, axis=3).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    dq = jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(q.shape)
     return dq, dk.swapaxes(1, 2).astype(q.dtype), dv.swapaxes(1, 2).astype(q.dtype)
 
 

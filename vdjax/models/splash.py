@@ -60,8 +60,9 @@ def backward(
         kernel = _kernel(q.shape[2], q.shape[1], interpret)
         return jax.vmap(functools.partial(_gradients, kernel))(q, k, v, ids, out, lse, g)
 
-    arrays = (*_heads_first(q, k, v), _ids(segment_ids, sequence_ids), out.swapaxes(1, 2), lse, cotangent.swapaxes(1, 2))
-    dq, dk, dv = (x.swapaxes(1, 2) for x in _mapped(run, arrays, outputs=(HEADS, HEADS, HEADS)))
+    ids, found = _ids(segment_ids, sequence_ids), (out.swapaxes(1, 2), lse, cotangent.swapaxes(1, 2))
+    grads = _mapped(run, (*_heads_first(q, k, v), ids, *found), outputs=(HEADS, HEADS, HEADS))
+    dq, dk, dv = (x.swapaxes(1, 2) for x in grads)
     return dq * q.shape[-1] ** -0.5, dk, dv
 
 
@@ -99,8 +100,9 @@ def _mapped(run: Callable, arrays: tuple[Any, ...], outputs: tuple[tuple[str | N
 
 def _kernel(length: int, heads: int, interpret: bool) -> Any:
     block = next(block for block in BLOCKS if length % block == 0)
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    sizes = kernels.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
+    sizes = kernels.BlockSizes(
+        block, block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
     return kernels.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
 
@@ -118,10 +120,10 @@ def _joined(kernel: Any, q: Array, k: Array, v: Array, ids: list[Ids]) -> tuple[
 
 def _gradients(
     kernel: Any, q: Array, k: Array, v: Array, ids: list[Ids], out: Array, lse: Array, cotangent: Array
-) -> list[Array]:
+) -> tuple[Array, ...]:
     infos = (kernel.dq_mask_info, kernel.dkv_mask_info)
     parts = [
         kernels._splash_attention_bwd(**kernel.kwargs, res=(q, k, v, pair, None, out, lse, *infos), do=cotangent)[3:6]
         for pair in ids
     ]
-    return [functools.reduce(jnp.add, grads) for grads in zip(*parts, strict=True)]
+    return tuple(functools.reduce(jnp.add, grads) for grads in zip(*parts, strict=True))

@@ -216,11 +216,15 @@ class Transformer(nnx.Module):
         """Float32 scores (rewards or values) of hidden states, of a model with the head "score"."""
         return hidden.astype(jnp.float32) @ self.score[...].astype(jnp.float32)
 
+    @property
+    def table(self) -> Float[Array, "vocab width"]:
+        """The vocabulary head, in the dtype parameters are kept in."""
+        return (self.embed if self.cfg.tie_embeddings else self.lm_head)[...]
+
     def project(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """Float32 logits of hidden states: inputs in the compute dtype, sums in float32."""
-        table = self.embed if self.cfg.tie_embeddings else self.lm_head
         rows = hidden.reshape(-1, hidden.shape[-1])
-        return matmul(rows, table[...].astype(hidden.dtype).T, jnp.float32).reshape(*hidden.shape[:-1], -1)
+        return matmul(rows, self.table.astype(hidden.dtype).T, jnp.float32).reshape(*hidden.shape[:-1], -1)
 
     def logits(
         self,
@@ -260,8 +264,7 @@ def _logits(graphdef: nnx.GraphDef, params: Params, tokens: Array, positions: Ar
     with jax.default_matmul_precision("highest"):
         model.layers.sum_parts = SUM_PARTS
         hidden = model(tokens, positions, segment_ids)
-        table = model.embed if model.cfg.tie_embeddings else model.lm_head
-        rows = product(hidden.reshape(-1, hidden.shape[-1]), table[...].astype(jnp.float32).T, SUM_PARTS)
+        rows = product(hidden.reshape(-1, hidden.shape[-1]), model.table.astype(jnp.float32).T, SUM_PARTS)
     return rows.reshape(*tokens.shape, -1)
 
 

@@ -120,11 +120,9 @@ def make_scorer(model: Model, sequences: int, mesh: Mesh) -> Callable[[Any, Any,
     The snapshot axis of layer-stacked parameters comes after the layer axis, where the layer loop needs it: vmapped
     from the front, the loop would first copy all parameters to bring it there. `base` has no snapshot axis.
     """
-    shards = sharding.batch_shards(mesh)
-
     def one(params: Any, base: Any, batch: dict[str, Array]) -> Float[Array, "rows sequences"]:
         module = nnx.merge(model.graphdef, lora.join(base, params))
-        log_probs = token_log_probs(module, batch, chunk=model.head_chunk, groups=shards)
+        log_probs = token_log_probs(module, batch, chunk=model.head_chunk)
         return sequence_sums(log_probs, batch["sequence_ids"], sequences)
 
     axes = hf.snapshot_axes(own_params(model))

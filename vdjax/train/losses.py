@@ -29,7 +29,6 @@ class LossSpec(NamedTuple):
     hyper: Mapping[str, Any]
     sequences: int  # most sequences in a row
     head_chunk: int
-    groups: int  # shards of the batch
     temperature: float = 1.0  # that responses were sampled with
     value_graphdef: Any = None  # of a value model apart from the policy; None: values come from the policy's states
 
@@ -86,9 +85,7 @@ def masked_sum(x: Array, mask: Array) -> Float[Array, ""]:
 
 def log_probs_of(spec: LossSpec, params: Any, batch: Batch) -> Float[Array, "rows length"]:
     model = nnx.merge(spec.graphdef, params)
-    return lp.token_log_probs(
-        model, batch, chunk=spec.head_chunk, groups=spec.groups, temperature=spec.temperature
-    )
+    return lp.token_log_probs(model, batch, chunk=spec.head_chunk, temperature=spec.temperature)
 
 
 # Objectives of whole responses: their numbers are [rows, sequences]; even columns hold what is wanted (the chosen
@@ -234,7 +231,7 @@ def rollout_loss(spec: LossSpec, params: Any, batch: Batch, counts: Counts) -> t
     policy = nnx.merge(spec.graphdef, policy_part(params))
     hidden = lp.hidden_states(policy, batch)
     log_probs = lp.token_log_probs(
-        policy, batch, chunk=spec.head_chunk, groups=spec.groups, hidden=hidden, temperature=spec.temperature
+        policy, batch, chunk=spec.head_chunk, hidden=hidden, temperature=spec.temperature
     )
     old = batch["old_log_probs"]
     log_probs = jnp.where(batch["on_policy"] > 0, old + (log_probs - jax.lax.stop_gradient(log_probs)), log_probs)

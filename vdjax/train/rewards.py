@@ -134,6 +134,6 @@ def from_text(
 
 def scorer(model: Model, mesh: jax.sharding.Mesh) -> Callable[[Any, dict[str, np.ndarray]], np.ndarray]:
     """A function from the parameters of a model with a score head and a batch to the scores of all its tokens."""
-    spec = LossSpec(model.graphdef, "", {}, 0, model.head_chunk, sharding.batch_shards(mesh))
+    spec = LossSpec(model.graphdef, "", {}, 0, model.head_chunk)
     step = jax.jit(make_score_step(spec, "scores"))
     return lambda params, batch: sharding.fetch(step(params, device_batch(batch, mesh)))

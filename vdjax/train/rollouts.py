@@ -104,7 +104,6 @@ def update_spec(stage: Stage) -> LossSpec:
         hyper,
         stage.plan.shape.sequences,
         stage.model.head_chunk,
-        sharding.batch_shards(stage.mesh),
         stage.config.rollout.temperature,
         stage.values.graphdef if stage.values and not shares_trunk(stage) else None,
     )

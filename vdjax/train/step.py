@@ -71,9 +71,12 @@ def make_train_step(
             return jax.lax.cond(parts[0]["loss_mask"].any(), run, lambda total: total, total), None
 
         parts = (dict(batch), slopes)
-        one = jax.eval_shape(loss_grad, *jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), one)
-        (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
+        first = jax.tree.map(lambda x: x[0], parts)
+        if len(batch["tokens"]) == 1:  # nothing to add up: no second copy of the gradients
+            grads, metrics = jax.tree.map(lambda x: x.astype(jnp.float32), loss_grad(*first))
+        else:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(loss_grad, *first))
+            (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
         metrics |= measured
 
         grad_norm = optax.tree.norm(grads)
@@ -121,9 +124,7 @@ def make_score_step(
         if what != "log_probs":
             scores = lp.token_scores(model, part)
             return scores if what == "scores" else lp.token_values(scores, part["sequence_ids"])
-        return lp.token_log_probs(
-            model, part, chunk=spec.head_chunk, groups=spec.groups, temperature=spec.temperature
-        )
+        return lp.token_log_probs(model, part, chunk=spec.head_chunk, temperature=spec.temperature)
 
     def score_step(params: Any, batch: Batch) -> Float[Array, "microbatches rows length"]:
         def run(part: Batch) -> Array:

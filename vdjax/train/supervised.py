@@ -34,7 +34,7 @@ def prepare(stage: Stage) -> Callable[[Update, TrainState], Trainer]:
         plan, mesh, start = stage.plan, stage.mesh, int(state.step)
         evaluate = held_out_evaluation(stage, update, beside)
         batches = pipeline.batches(plan.train, plan.steps, plan.shape, plan.microbatch_rows, beside[plan.train.key])
-        step = compile_step(stage, loss_spec(stage.model, stage.config, plan.shape, mesh), update, state)
+        step = compile_step(stage, loss_spec(stage.model, stage.config, plan.shape), update, state)
         ahead = pipeline.iterate(batches[start:])
 
         def advance(state: TrainState, _: int) -> tuple[TrainState, Any, Any]:
@@ -47,9 +47,8 @@ def prepare(stage: Stage) -> Callable[[Update, TrainState], Trainer]:
     return trainer
 
 
-def loss_spec(model: Model, config: ConfigDict, shape: Shape, mesh: Any) -> LossSpec:
-    groups = sharding.batch_shards(mesh)
-    return LossSpec(model.graphdef, config.objective, config.hyper.to_dict(), shape.sequences, model.head_chunk, groups)
+def loss_spec(model: Model, config: ConfigDict, shape: Shape) -> LossSpec:
+    return LossSpec(model.graphdef, config.objective, config.hyper.to_dict(), shape.sequences, model.head_chunk)
 
 
 def per_token(stage: Stage, data: Dataset) -> PerToken:
@@ -73,7 +72,7 @@ def reference(stage: Stage, data: Dataset) -> np.ndarray:
     if not file.exists():
         steps = pipeline.in_order(len(data), stage.config.batch_size)
         layout = pipeline.plan(data, steps, row_length=0, row_multiple=rows)
-        score = jax.jit(make_score_step(loss_spec(model, stage.config, layout, stage.mesh)))
+        score = jax.jit(make_score_step(loss_spec(model, stage.config, layout)))
         values = pipeline.score(
             data,
             pipeline.batches(data, steps, layout, rows),
@@ -105,7 +104,7 @@ def held_out_evaluation(
     steps = pipeline.in_order(len(data), stage.config.batch_size)
     shape = pipeline.plan(data, steps, row_length=0, row_multiple=rows)
     batches = pipeline.batches(data, steps, shape, rows, beside[data.key])
-    spec = loss_spec(stage.model, stage.config, shape, stage.mesh)
+    spec = loss_spec(stage.model, stage.config, shape)
     step = jax.jit(make_eval_step(spec))
 
     def evaluate(state: TrainState) -> dict[str, float]:
