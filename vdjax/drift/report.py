@@ -51,8 +51,8 @@ def write(
       stages: in the order they ran.
       training: columns stage, step, metric, value; may be empty. Metrics with the prefix eval_ are held out.
       facts: what was run. Known keys, all optional: title, model, parameters, command, seed (also that of the
-        statistics), versions {name: version}, config (text), data [{stage, source, examples, dropped {reason: n}}],
-        probes {name, description, directions {topic: what support means}}. Others are shown as they are.
+        statistics), versions {name: version}, config (text), data [{stage, source, examples, dropped {reason: n},
+        overlap}], probes {name, description, directions {topic: what support means}}. Others are shown as they are.
       evidence: what lies behind the scores.
 
     Raises UserError (see `scores.check_scores`).
@@ -184,7 +184,7 @@ def render(
         moved={row["name"]: summary.moved_probes(scores, row["name"]) for row in rows if row["snapshots"] > 1},
         n_probes=scores["probe_id"].nunique(),
         n_topics=scores["topic"].nunique(),
-        caveats=summary.caveats(scores, analysis, PERMUTATIONS),
+        caveats=summary.caveats(scores, analysis, PERMUTATIONS, facts.get("data") or []),
         shown_labels=[name for name in LABELS if name in quantities(readouts[0])],
         resamples=RESAMPLES,
         permutations=PERMUTATIONS,

@@ -20,7 +20,7 @@ import bm25s
 import numpy as np
 from bm25s.stopwords import STOPWORDS_EN_PLUS
 
-from vdjax.data.examples import Example
+from vdjax.data.examples import Example, normal
 from vdjax.probes import sets
 from vdjax.probes.sets import TOPICS, Probe
 
@@ -162,7 +162,3 @@ def words_of(texts: Sequence[str], stem: bool = True) -> list[list[str]]:
 def stems(words: Sequence[str]) -> list[str]:
     """Words without the endings of plurals and verbs, so that "taxes" finds "tax"."""
     return [re.sub(r"(?<=\w{3})(?:(?<!s)s|es|ed|ing|e)$", "", re.sub(r"ies$", "y", word)) for word in words]
-
-
-def normal(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.casefold()))
