@@ -86,9 +86,12 @@ def test_preference_data_by_hand() -> None:
     assert the(made.gaps, topic="gun rights")["signed"] == -2
     pooled = the(made.gaps, topic="all")
     assert pooled["n"] == 9 and pooled["signed"] == pytest.approx((4 - 6) / 8)
-    assert "10 examples read, 9 touch a topic" in made.notes[0]
+    assert "10 examples looked at, 9 touch a topic: 9 in the question, 0 in an earlier turn, 0 in a" in made.notes[0]
+    found = made.found.set_index("topic")
+    assert found.loc["all", ["looked_at", "question", "earlier", "response"]].tolist() == [10, 9, 0, 0]
+    assert found["question"].drop("all").sum() == 9 and found.loc["abortion", "question"] == 6
     again = audit.audit([*abortion, *guns, *other], "preference", PROBES, JUDGE, data="d")
-    for one, other_table in zip(made[:3], again[:3], strict=True):
+    for one, other_table in zip(made[:4], again[:4], strict=True):
         pd.testing.assert_frame_equal(one, other_table)
 
 
@@ -104,7 +107,7 @@ def test_sft_data() -> None:
     made = audit.audit(pairs("Is abortion fine?", [("yes",), ("no",), ("yes",)]), "sft", PROBES, JUDGE, data="d")
     assert made.gaps.empty and the(made.values, topic="abortion", side="sft")["graded"] == pytest.approx(1 / 3)
     nothing = audit.audit(pairs("Cake?", [("yes",)]), "sft", PROBES, JUDGE, data="d")
-    assert nothing.hits.empty and nothing.values.empty and "1 examples read, 0 touch" in nothing.notes[0]
+    assert nothing.hits.empty and nothing.values.empty and "1 examples looked at, 0 touch" in nothing.notes[0]
     both = audit.joined([nothing, made])
     assert len(both.values) == 2 and len(both.notes) == 2
 

@@ -1,10 +1,11 @@
 """The values of data: python -m vdjax.audit --data PATH[,PATH] --judge DIR --workdir DIR, or --run WORKDIR --judge DIR
 
 Finds the examples that touch each topic of a probe set (vdjax.values.retrieval), has a judge say which stance their
-responses take toward the topic, and writes WORKDIR/audit: hits.parquet (every response with its verdict), values.csv
-(the stances of SFT responses, or of chosen and of rejected ones), gaps.csv (how far chosen ones are from rejected ones)
-and value_gaps.png. With --run the data of every stage of that run are audited, and what they predict is set against
-the drift that was measured: against_drift.csv and gap_against_drift.png.
+responses take toward the topic, and writes WORKDIR/audit: found.csv (how many examples were looked at, and how many
+name each topic, and where), hits.parquet (every response with its verdict), values.csv (the stances of SFT responses,
+or of chosen and of rejected ones), gaps.csv (how far chosen ones are from rejected ones) and value_gaps.png. With --run
+the data of every stage of that run are audited, and what they predict is set against the drift that was measured:
+against_drift.csv and gap_against_drift.png.
 """
 
 import argparse
@@ -41,6 +42,7 @@ QUANTITIES = (*LABELS, "graded")
 RESAMPLES = 9999
 PERMUTATIONS = 19999
 SWAPS = 1999
+FOUND_COLUMNS = ("data", "topic", "looked_at", *retrieval.ROUTES)
 GAP_COLUMNS = (
     ("data", "topic", "n", "js", "js_low", "js_high", "js_null")
     + ("signed", "signed_low", "signed_high", "p", "n_signed")
@@ -52,14 +54,16 @@ AGAINST_COLUMNS = (
 
 
 class Audit(NamedTuple):
-    """hits: a row a response: data, id, topic, proposition, score (BM25), side, prompt, response, LABELS, graded,
-    judge, judge_hash. values: data, topic, side, n, n_graded, and each of QUANTITIES with _low and _high.
-    gaps: GAP_COLUMNS.
+    """hits: a row a response: data, id, topic, route, proposition, score (BM25), side, prompt, response, LABELS,
+    graded, judge, judge_hash. values: data, topic, side, n, n_graded, and each of QUANTITIES with _low and _high.
+    gaps: GAP_COLUMNS. found: FOUND_COLUMNS, examples by the route (`retrieval.ROUTES`) that leads to the topic; in the
+    row of the topic "all" each example counts once. It counts also what max_per_topic leaves out.
     """
 
     hits: pd.DataFrame
     values: pd.DataFrame
     gaps: pd.DataFrame
+    found: pd.DataFrame
     notes: tuple[str, ...]
 
 
@@ -81,19 +85,23 @@ def audit(
     Args:
       kind: "sft" or "preference".
       data: name of the data set in the tables.
-      max_per_topic: judge at most so many examples of a topic, those most like a proposition. 0: all.
+      max_per_topic: judge at most so many examples of a topic, those that `retrieval.find` keeps. 0: all.
     """
     found = retrieval.find(examples, probes, max_per_topic=max_per_topic)
-    touched = len(found.examples)
-    note = f"{data}: {found.read} examples read, {touched} touch a topic ({len(found.matches)} matches)"
+    routes, judged = found.routes[""], f", {len(found.matches)} matches judged"
+    note = (
+        f"{data}: {found.read} examples looked at, {routes.total()} touch a topic: {routes['question']} in the question"
+        f", {routes['earlier']} in an earlier turn, {routes['response']} in a response alone{judged}"
+    )
     rows: list[dict[str, Any]] = []
     for match in found.matches:
         example = found.examples[match.example]
         about = {"data": data, "index": match.example, "id": example.id, "topic": match.topic}
-        about |= {"proposition": match.proposition, "score": match.score, "prompt": retrieval.question(example)}
+        about |= {"route": match.route, "proposition": match.proposition, "score": match.score}
+        about |= {"prompt": match.question}
         rows += [about | {"side": s, "response": r} for s, r in zip(SIDES[kind], example.responses, strict=True)]
     verdicts = judge.judge([Exchange(r["proposition"], r["prompt"], r["response"]) for r in rows], 0) if rows else None
-    names = ("data", "index", "id", "topic", "proposition", "score", "side", "prompt", "response")
+    names = ("data", "index", "id", "topic", "route", "proposition", "score", "side", "prompt", "response")
     hits = pd.DataFrame(rows, columns=list(names))
     for i, name in enumerate(LABELS):
         hits[name] = verdicts.p[:, i] if verdicts else np.zeros(0)
@@ -116,6 +124,13 @@ def audit(
         hits.drop(columns="index"),
         pd.DataFrame(values, columns=columns),
         pd.DataFrame(gaps, columns=list(GAP_COLUMNS)),
+        pd.DataFrame(
+            [
+                (data, topic or POOLED, found.read, *(counts[route] for route in retrieval.ROUTES))
+                for topic, counts in found.routes.items()
+            ],
+            columns=list(FOUND_COLUMNS),
+        ),
         tuple(notes),
     )
 
@@ -240,7 +255,8 @@ def joined(audits: Sequence[Audit]) -> Audit:
         parts = [getattr(a, name) for a in audits]
         return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
 
-    return Audit(table("hits"), table("values"), table("gaps"), tuple(note for a in audits for note in a.notes))
+    tables = [table(name) for name in ("hits", "values", "gaps", "found")]
+    return Audit(*tables, tuple(note for a in audits for note in a.notes))
 
 
 def load_examples(spec: dict[str, Any], kinds: Sequence[str], seed: int) -> tuple[str, Iterable[Example], Counts]:
@@ -349,8 +365,9 @@ def main() -> None:
     against = against_drift(audited, pd.read_csv(drift_file)) if drift_file else None
     found = agreement(against) if against is not None else {}
     tables = {"hits.parquet": audited.hits, "values.csv": audited.values, "gaps.csv": audited.gaps}
+    tables["found.csv"] = audited.found
     output.write(workdir / "audit", tables, against, found)
-    print(output.text(audited.values[["data", "topic", "side", "n", *QUANTITIES]], audited.gaps))
+    print(output.text(audited.found, audited.values[["data", "topic", "side", "n", *QUANTITIES]], audited.gaps))
     if against is not None:
         print(
             f"\n{found['agree']} of {found['n']} drifts have the sign that the data predict; "

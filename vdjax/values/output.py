@@ -50,10 +50,11 @@ def write(folder: Path, tables: dict[str, pd.DataFrame], against: pd.DataFrame |
         write_whole(folder / name, data)
 
 
-def text(values: pd.DataFrame, gaps: pd.DataFrame) -> str:
-    """Both tables for the terminal."""
-    parts = (
-        [values.to_string(index=False, float_format=lambda x: f"{x:.2f}")] if len(values) else ["no example matches"]
+def text(found: pd.DataFrame, values: pd.DataFrame, gaps: pd.DataFrame) -> str:
+    """The tables for the terminal."""
+    parts = [found.to_string(index=False)]
+    parts.append(
+        values.to_string(index=False, float_format=lambda x: f"{x:.2f}") if len(values) else "no example matches"
     )
     if len(gaps):
         parts.append(gaps.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
