@@ -112,6 +112,32 @@ def test_sft_data() -> None:
     assert len(both.values) == 2 and len(both.notes) == 2
 
 
+def test_every_scored_answer_of_a_conversation_is_judged_with_its_own_question() -> None:
+    """And the conversation counts once, with the mean of its answers."""
+
+    def talk(id: str, *turns: str) -> Example:
+        prompt = tuple({"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns[:-1]))
+        return Example(id, prompt, turns[-1:])
+
+    data = [
+        talk("a", "Tea?", "yes tea", "Is abortion fine?", "yes 1", "Is abortion murder?", "no 2", "Why?", "yes 3"),
+        talk("b", "Is abortion fine?", "no"),
+    ]
+    made = audit.audit(data, "sft", PROBES, JUDGE, data="d")
+    hits = made.hits[["id", "prompt", "response"]].to_numpy().tolist()
+    assert hits == [
+        ["a", "Is abortion fine?", "yes 1"],
+        ["a", "Is abortion murder?", "no 2"],
+        ["a", "Is abortion murder?\n\nWhy?", "yes 3"],
+        ["b", "Is abortion fine?", "no"],
+    ]
+    row = the(made.values, topic="abortion")
+    assert row["n"] == 2 and row["graded"] == pytest.approx((1 / 3 - 1) / 2)
+    assert "5 answers of 2 conversations looked at, 4 touch a topic" in made.notes[0]
+    last = audit.audit(data, "sft", PROBES, JUDGE, turns="last")
+    assert last.hits["response"].tolist() == ["yes 3", "no"]
+
+
 def test_intervals_cover_and_chance_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chosen and rejected of the same distribution: the signed interval covers 0, and js is that of chance."""
     for name, number in (("RESAMPLES", 400), ("PERMUTATIONS", 499), ("SWAPS", 100)):

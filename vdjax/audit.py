@@ -11,7 +11,7 @@ against_drift.csv and gap_against_drift.png.
 import argparse
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,10 +54,10 @@ AGAINST_COLUMNS = (
 
 
 class Audit(NamedTuple):
-    """hits: a row a response: data, id, topic, route, proposition, score (BM25), side, prompt, response, LABELS,
-    graded, judge, judge_hash. values: data, topic, side, n, n_graded, and each of QUANTITIES with _low and _high.
-    gaps: GAP_COLUMNS. found: FOUND_COLUMNS, examples by the route (`retrieval.ROUTES`) that leads to the topic; in the
-    row of the topic "all" each example counts once. It counts also what max_per_topic leaves out.
+    """hits: a row a response: data, id, answer (its number; a pair shares it), topic, route, proposition, score (BM25),
+    side, prompt, response, LABELS, graded, judge, judge_hash. values: data, topic, side, n, n_graded, and each of
+    QUANTITIES with _low and _high. gaps: GAP_COLUMNS. found: FOUND_COLUMNS, examples by the route (`retrieval.ROUTES`)
+    that leads to the topic; in the row of the topic "all" each counts once. It counts also what max_per_topic leaves out.
     """
 
     hits: pd.DataFrame
@@ -76,42 +76,52 @@ def audit(
     data: str = "",
     max_per_topic: int = 0,
     seed: int = 0,
+    turns: str = "all",
 ) -> Audit:
     """Which stances the examples' responses take toward the topics that they touch. Deterministic in `seed`.
 
-    All verdicts are toward the proposition of the topic that is most like the example, and so, of built-in topics, in
-    the topic's direction. The topic "all" is about all examples that touch some topic, each counted once.
+    Of an SFT conversation every answer in `turns` is judged as an answer to its own question, and looked for by
+    itself; the example counts with the mean of its answers. All verdicts are toward the proposition of the topic that
+    is most like the example, and so, of built-in topics, in the topic's direction. The topic "all" is about all
+    examples that touch some topic, each counted once.
 
     Args:
       kind: "sft" or "preference".
       data: name of the data set in the tables.
-      max_per_topic: judge at most so many examples of a topic, those that `retrieval.find` keeps. 0: all.
+      max_per_topic: judge at most so many pairs or answers of a topic, those that `retrieval.find` keeps. 0: all.
+      turns: of an SFT conversation "all" answers are scored, or the "last" alone (`data.assistant_turns` of its stage).
     """
-    found = retrieval.find(examples, probes, max_per_topic=max_per_topic)
-    routes, judged = found.routes[""], f", {len(found.matches)} matches judged"
+    numbers: list[int] = []  # which example each answer is of
+    parts = answers(examples, numbers) if kind == "sft" and turns == "all" else examples
+    found = retrieval.find(parts, probes, max_per_topic=max_per_topic)
+    several = len(set(numbers)) < len(numbers)
+    looked_at = f"{found.read} " + (f"answers of {len(set(numbers))} conversations" if several else "examples")
+    routes = found.routes[""]
     note = (
-        f"{data}: {found.read} examples looked at, {routes.total()} touch a topic: {routes['question']} in the question"
-        f", {routes['earlier']} in an earlier turn, {routes['response']} in a response alone{judged}"
+        f"{data}: {looked_at} looked at, {routes.total()} touch a topic: {routes['question']} in the question, "
+        f"{routes['earlier']} in an earlier turn, {routes['response']} in a response alone; "
+        f"{len(found.matches)} matches judged"
     )
     rows: list[dict[str, Any]] = []
     for match in found.matches:
         example = found.examples[match.example]
-        about = {"data": data, "index": match.example, "id": example.id, "topic": match.topic}
+        number = numbers[match.example] if numbers else match.example
+        about = {"data": data, "index": number, "id": example.id, "answer": match.example, "topic": match.topic}
         about |= {"route": match.route, "proposition": match.proposition, "score": match.score}
         about |= {"prompt": match.question}
         rows += [about | {"side": s, "response": r} for s, r in zip(SIDES[kind], example.responses, strict=True)]
     verdicts = judge.judge([Exchange(r["proposition"], r["prompt"], r["response"]) for r in rows], 0) if rows else None
-    names = ("data", "index", "id", "topic", "route", "proposition", "score", "side", "prompt", "response")
+    names = ("data", "index", "id", "answer", "topic", "route", "proposition", "score", "side", "prompt", "response")
     hits = pd.DataFrame(rows, columns=list(names))
     for i, name in enumerate(LABELS):
         hits[name] = verdicts.p[:, i] if verdicts else np.zeros(0)
     hits["graded"] = np.asarray(verdicts.graded, float) if verdicts else np.zeros(0)
     hits = hits.assign(judge=judge.name, judge_hash=judge.hash)
     # Both answers of a pair or neither: a gap is between answers to the same question.
-    unjudged = hits[list(LABELS)].isna().any(axis=1).groupby([hits["topic"], hits["index"]]).transform("any")
+    unjudged = hits[list(LABELS)].isna().any(axis=1).groupby([hits["topic"], hits["answer"]]).transform("any")
     notes = [note]
     if unjudged.any():
-        lost = hits.loc[unjudged, ["topic", "index"]].drop_duplicates()
+        lost = hits.loc[unjudged, ["topic", "answer"]].drop_duplicates()
         notes.append(f"{data}: {len(lost)} of {len(found.matches)} matches left out: {judge.name} has no verdict")
         hits = hits[~unjudged]
     topics = [t for t in dict.fromkeys(p.topic for p in probes) if (hits["topic"] == t).any()]
@@ -135,8 +145,23 @@ def audit(
     )
 
 
+def answers(examples: Iterable[Example], numbers: list[int]) -> Iterator[Example]:
+    """Each answer of each conversation as an example of its own, with what came before it as prompt.
+
+    Appends the number of the conversation of each to `numbers` as it goes, as examples are read one at a time.
+    """
+    for number, example in enumerate(examples):
+        if not isinstance(example.prompt, str):
+            for i, message in enumerate(example.prompt):
+                if message["role"] == "assistant":
+                    numbers.append(number)
+                    yield example._replace(prompt=example.prompt[:i], responses=(message["content"],))
+        numbers.append(number)
+        yield example
+
+
 def _by_example(rows: pd.DataFrame, side: str) -> Float[np.ndarray, "n 6"]:
-    """QUANTITIES of each example's response; the mean over topics where an example touches several."""
+    """QUANTITIES of each example's response; the mean over answers and topics where it has or touches several."""
     means = rows[rows["side"] == side].groupby("index")[list(QUANTITIES)].mean()
     return means.to_numpy(float)
 
@@ -296,7 +321,8 @@ def audit_run(config: ConfigDict, probes: Sequence[sets.Probe], judge: Judge, ma
         except UserError as error:
             notes.append(f"{name}: not audited: {error}")
             continue
-        audits.append(audit(examples, kind, probes, judge, data=name, max_per_topic=max_per_topic, seed=config.seed))
+        about = {"data": name, "max_per_topic": max_per_topic, "seed": config.seed}
+        audits.append(audit(examples, kind, probes, judge, **about, turns=config[name].data.assistant_turns))
     if not audits:
         raise UserError("\n".join(["no stage's data can be audited", *notes]))
     made = joined(audits)
@@ -319,7 +345,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=tuple(SIDES), help="default: preference where the data have pairs")
     parser.add_argument("--probes", help="builtin or a probe file; default: the run's, or builtin")
     parser.add_argument("--topics", nargs="+", default=(), help="default: all")
-    parser.add_argument("--max_per_topic", type=int, default=0, help="examples judged of each topic; default: all")
+    parser.add_argument("--max_per_topic", type=int, default=0, help="answers judged of each topic; default: all")
     parser.add_argument("--workdir", type=Path, help="default: the run's")
     flags, overrides = parser.parse_known_args()
     if flags.data and not flags.workdir:
@@ -383,7 +409,8 @@ def audit_path(
     kinds = [flags.kind] if flags.kind else ["preference", "sft"]
     kind, examples, counts = load_examples(spec, kinds, config.seed)
     name = Path(path).name
-    made = audit(examples, kind, probes, judge, data=name, max_per_topic=flags.max_per_topic, seed=config.seed)
+    about = {"data": name, "max_per_topic": flags.max_per_topic, "seed": config.seed}
+    made = audit(examples, kind, probes, judge, **about, turns=config.data.assistant_turns)
     return made._replace(notes=(*made.notes, *counts.lines()))
 
 
