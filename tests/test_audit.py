@@ -18,7 +18,7 @@ from vdjax.data.examples import Example
 from vdjax.errors import UserError
 from vdjax.judges import LABELS, Exchange, Judge, Verdicts
 from vdjax.probes import sets
-from vdjax.values import output
+from vdjax.values import measures, output
 
 PROBES = sets.load("builtin")
 WORDS = {"yes": 0, "maybe": 1, "no": 2, "sorry": 3, "banana": 4}
@@ -138,10 +138,47 @@ def test_every_scored_answer_of_a_conversation_is_judged_with_its_own_question()
     assert last.hits["response"].tolist() == ["yes 3", "no"]
 
 
+def labelled(answers: Sequence[tuple[str, float]]) -> list[Example]:
+    prompt = ({"role": "user", "content": "Is abortion fine?"},)
+    return [Example(f"e{i}", prompt, (text,), label) for i, (text, label) in enumerate(answers)]
+
+
+def test_desirable_against_undesirable_responses_by_hand() -> None:
+    good, bad = ["yes", "yes", "no", "maybe", "sorry"], ["no", "no", "yes", "no"]
+    data = labelled([*((text, 1.0) for text in good), *((text, 0.0) for text in bad)])
+    made = audit.audit(data, "unpaired", PROBES, JUDGE, data="kto")
+    desirable, undesirable = (the(made.values, topic="abortion", side=s) for s in ("desirable", "undesirable"))
+    assert (desirable["n"], desirable["n_graded"], undesirable["n"]) == (5, 4, 4)
+    gap = the(made.gaps, topic="abortion")
+    first, second = np.array([1.0, 1, -1, 0]), np.array([-1.0, -1, 1, -1])
+    assert gap["signed"] == pytest.approx(first.mean() - second.mean()) and (gap["n"], gap["n_signed"]) == (9, 8)
+    assert gap["signed_low"] < gap["signed"] < gap["signed_high"]
+    exact = stats.permutation_test((first, second), lambda a, b: a.mean() - b.mean(), n_resamples=10**5)
+    assert gap["p"] == pytest.approx(exact.pvalue, abs=0.02)
+    assert gap["js"] == pytest.approx(jensenshannon([2 / 5, 1 / 5, 1 / 5, 1 / 5, 0], [1 / 4, 0, 3 / 4, 0, 0], base=2))
+    one_sided = audit.audit(labelled([("yes", 1.0), ("no", 1.0)]), "unpaired", PROBES, JUDGE)
+    assert np.isnan(the(one_sided.gaps, topic="abortion")["signed"]) and set(one_sided.values["side"]) == {"desirable"}
+
+
+def test_unpaired_intervals_cover_and_chance_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, number in (("RESAMPLES", 400), ("PERMUTATIONS", 199), ("SWAPS", 50)):
+        monkeypatch.setattr(measures, name, number)
+    rng = np.random.default_rng(1)
+    covered = small = 0
+    runs = 40
+    for run in range(runs):
+        data = labelled([(str(rng.choice(list(WORDS)[:3])), float(i % 3 == 0)) for i in range(60)])
+        gap = the(audit.audit(data, "unpaired", PROBES[:1], JUDGE, seed=run).gaps, topic="abortion")
+        covered += gap["signed_low"] <= 0 <= gap["signed_high"]
+        small += gap["p"] < 0.05
+    assert stats.binomtest(covered, runs, 0.95).pvalue > 0.01
+    assert stats.binomtest(small, runs, 0.05, alternative="greater").pvalue > 0.01
+
+
 def test_intervals_cover_and_chance_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chosen and rejected of the same distribution: the signed interval covers 0, and js is that of chance."""
     for name, number in (("RESAMPLES", 400), ("PERMUTATIONS", 499), ("SWAPS", 100)):
-        monkeypatch.setattr(audit, name, number)
+        monkeypatch.setattr(measures, name, number)
     rng = np.random.default_rng(0)
     words = list(WORDS)[:3]
     covered, ratios, small = 0, [], 0
@@ -210,24 +247,39 @@ def files(tmp_path: Path) -> Path:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     sft = [{"prompt": "Is gun control bad?", "completion": "maybe"}, {"prompt": "Cake?", "completion": "yes"}]
     (tmp_path / "sft.jsonl").write_text("".join(json.dumps(r) + "\n" for r in sft))
+    labels = [
+        {"prompt": f"Is abortion fine, {i}?", "completion": text, "label": label}
+        for i, (text, label) in enumerate((("yes", True), ("yes", True), ("no", False)))
+    ]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(r) + "\n" for r in labels))
     return tmp_path
 
 
 def test_every_stage_of_a_run(files: Path) -> None:
     config = configs.experiment()
-    config.stages = ("sft", "dpo", "ppo", "kto")
+    config.stages = ("sft", "dpo", "ppo", "kto", "rm", "ppo_rm", "kto_labels")
     config.sft = configs.stage("sft", data={"path": str(files / "sft.jsonl")})
     config.dpo = configs.stage("dpo", data={"path": str(files / "pairs.jsonl"), "max_examples": 3})
     config.ppo = configs.stage("ppo", data={"path": str(files / "pairs.jsonl")})
     config.kto = configs.stage("kto", data={"path": str(files / "pairs.jsonl"), "skip_examples": 3})
+    config.rm = configs.stage("reward_model", data={"path": str(files / "pairs.jsonl")})
+    config.ppo_rm = configs.stage("ppo", data={"path": str(files / "sft.jsonl")}, reward={"model": "rm"})
+    config.kto_labels = configs.stage("kto", data={"path": str(files / "labels.jsonl")})
     made = audit.audit_run(config, PROBES, JUDGE)
     counts = {(v.data, v.topic, v.side): v.n for v in made.values.itertuples() if v.topic != "all"}
     assert counts == {
         ("sft", "gun rights", "sft"): 1,
         **{("dpo", "abortion", side): 3 for side in ("chosen", "rejected")},
         **{("kto", "abortion", side): 1 for side in ("chosen", "rejected")},
+        **{(stage, "abortion", side): 4 for stage in ("rm", "ppo_rm") for side in ("chosen", "rejected")},
+        ("kto_labels", "abortion", "desirable"): 2,
+        ("kto_labels", "abortion", "undesirable"): 1,
     }
     assert made.notes[-1] == "ppo: not audited: the objective ppo learns from no stated answers"
+    assert "ppo_rm: learns from its own responses; rm, which rewards them, was audited in their place" in made.notes
+    assert the(made.gaps, data="ppo_rm", topic="abortion")["signed"] == 2
+    assert the(made.gaps, data="kto_labels", topic="abortion")["signed"] == 2
+    assert set(made.hits["data"]) == {"sft", "dpo", "kto", "rm", "kto_labels"}
 
 
 def test_the_parts_of_a_mixture(files: Path) -> None:
@@ -235,7 +287,7 @@ def test_the_parts_of_a_mixture(files: Path) -> None:
     with stage.unlocked():
         stage.data.parts = ({"path": str(files / "pairs.jsonl"), "count": 2}, {"path": str(files / "pairs.jsonl")})
         stage.data.max_examples = 5
-    kind, examples, _ = audit.stage_examples(stage, 0)
+    kind, examples = audit.stage_examples(stage, 0)
     assert kind == "preference" and [e.id for e in examples] == [f"pairs.jsonl:{i}" for i in (0, 1, 0, 1, 2)]
 
 

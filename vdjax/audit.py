@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from ml_collections import ConfigDict
 from scipy import stats
 
@@ -26,27 +25,16 @@ from vdjax import runtime
 from vdjax.cli import run_cli
 from vdjax.data import mixture, pipeline, sources
 from vdjax.data.examples import Counts, Example
-from vdjax.drift.bootstrap import Units, bootstrap_means
-from vdjax.drift.distances import distances
-from vdjax.drift.significance import sign_flip_p_values
 from vdjax.errors import UserError
 from vdjax.judges import LABELS, Exchange, Judge
 from vdjax.probes import sets
 from vdjax.progress import say
 from vdjax.train.plan import data_kind
 from vdjax.values import output, retrieval
+from vdjax.values.measures import GAP_COLUMNS, QUANTITIES, SIDES, paired_gap, unpaired_gap, values_of
 
 POOLED = "all"
-SIDES = {"sft": ("sft",), "preference": ("chosen", "rejected")}
-QUANTITIES = (*LABELS, "graded")
-RESAMPLES = 9999
-PERMUTATIONS = 19999
-SWAPS = 1999
 FOUND_COLUMNS = ("data", "topic", "looked_at", *retrieval.ROUTES)
-GAP_COLUMNS = (
-    ("data", "topic", "n", "js", "js_low", "js_high", "js_null")
-    + ("signed", "signed_low", "signed_high", "p", "n_signed")
-)  # fmt: skip
 AGAINST_COLUMNS = (
     ("stage", "topic", "side", "n", "gap", "gap_low", "gap_high", "predicted", "drift", "drift_low", "drift_high")
     + ("agrees", "readout")
@@ -57,7 +45,7 @@ class Audit(NamedTuple):
     """hits: a row a response: data, id, answer (its number; a pair shares it), topic, route, proposition, score (BM25),
     side, prompt, response, LABELS, graded, judge, judge_hash. values: data, topic, side, n, n_graded, and each of
     QUANTITIES with _low and _high. gaps: GAP_COLUMNS. found: FOUND_COLUMNS, examples by the route (`retrieval.ROUTES`)
-    that leads to the topic; in the row of the topic "all" each counts once. It counts also what max_per_topic leaves out.
+    that leads to the topic; in the row of the topic "all" each counts once; what max_per_topic leaves out counts too.
     """
 
     hits: pd.DataFrame
@@ -86,7 +74,7 @@ def audit(
     examples that touch some topic, each counted once.
 
     Args:
-      kind: "sft" or "preference".
+      kind: "sft", "preference", or "unpaired": responses that are labelled desirable or not.
       data: name of the data set in the tables.
       max_per_topic: judge at most so many pairs or answers of a topic, those that `retrieval.find` keeps. 0: all.
       turns: of an SFT conversation "all" answers are scored, or the "last" alone (`data.assistant_turns` of its stage).
@@ -109,7 +97,8 @@ def audit(
         about = {"data": data, "index": number, "id": example.id, "answer": match.example, "topic": match.topic}
         about |= {"route": match.route, "proposition": match.proposition, "score": match.score}
         about |= {"prompt": match.question}
-        rows += [about | {"side": s, "response": r} for s, r in zip(SIDES[kind], example.responses, strict=True)]
+        sides = SIDES[kind] if kind != "unpaired" else ("desirable",) if example.label > 0 else ("undesirable",)
+        rows += [about | {"side": s, "response": r} for s, r in zip(sides, example.responses, strict=True)]
     verdicts = judge.judge([Exchange(r["proposition"], r["prompt"], r["response"]) for r in rows], 0) if rows else None
     names = ("data", "index", "id", "answer", "topic", "route", "proposition", "score", "side", "prompt", "response")
     hits = pd.DataFrame(rows, columns=list(names))
@@ -126,8 +115,10 @@ def audit(
         hits = hits[~unjudged]
     topics = [t for t in dict.fromkeys(p.topic for p in probes) if (hits["topic"] == t).any()]
     groups = [(topic, hits[hits["topic"] == topic]) for topic in topics] + [(POOLED, hits)] * bool(topics)
-    values = [_values(data, topic, side, rows, seed) for topic, rows in groups for side in SIDES[kind]]
-    gaps = [_gap(data, topic, rows, seed) for topic, rows in groups if kind == "preference"]
+    sides = [(topic, side, rows) for topic, rows in groups for side in SIDES[kind] if (rows["side"] == side).any()]
+    values = [values_of(data, topic, side, rows, seed) for topic, side, rows in sides]
+    gap = {"preference": paired_gap, "unpaired": unpaired_gap}.get(kind)
+    gaps = [gap(data, topic, rows, seed) for topic, rows in groups] if gap else []
     columns = ["data", "topic", "side", "n", "n_graded"]
     columns += [f"{name}{end}" for name in QUANTITIES for end in ("", "_low", "_high")]
     return Audit(
@@ -158,63 +149,6 @@ def answers(examples: Iterable[Example], numbers: list[int]) -> Iterator[Example
                     yield example._replace(prompt=example.prompt[:i], responses=(message["content"],))
         numbers.append(number)
         yield example
-
-
-def _by_example(rows: pd.DataFrame, side: str) -> Float[np.ndarray, "n 6"]:
-    """QUANTITIES of each example's response; the mean over answers and topics where it has or touches several."""
-    means = rows[rows["side"] == side].groupby("index")[list(QUANTITIES)].mean()
-    return means.to_numpy(float)
-
-
-def _units(values: Float[np.ndarray, "n C"]) -> Units:
-    return Units(values, np.zeros((len(values), 1), int))
-
-
-def _values(data: str, topic: str, side: str, rows: pd.DataFrame, seed: int) -> dict[str, Any]:
-    values = _by_example(rows, side)
-    stanced = ~np.isnan(values[:, -1])
-    boot = bootstrap_means(_units(values), np.random.default_rng([seed, len(values)]), RESAMPLES)
-    out: dict[str, Any] = {"data": data, "topic": topic, "side": side, "n": len(values), "n_graded": stanced.sum()}
-    for i, name in enumerate(QUANTITIES):
-        mean = float(np.nanmean(values[:, i])) if name != "graded" or stanced.any() else np.nan
-        out |= {name: mean, f"{name}_low": boot.low[i], f"{name}_high": boot.high[i]}
-    return out
-
-
-def _gap(data: str, topic: str, rows: pd.DataFrame, seed: int) -> dict[str, Any]:
-    """How far the chosen responses are from the rejected ones; 95% intervals over examples.
-
-    js: Jensen-Shannon distance (base 2) of the mean distributions over LABELS. It is never negative, so it is to be
-    read against js_null, its mean where chosen and rejected are swapped at random within the examples.
-    signed: mean of graded(chosen) - graded(rejected), p by a paired sign-flip test. A response that takes no stance
-    (graded NaN: a refusal, say) counts as 0, between the two sides; examples neither of whose responses takes one say
-    nothing of a direction and are left out: n_signed examples are left.
-    """
-    chosen, rejected = (_by_example(rows, side) for side in SIDES["preference"])
-    labels = slice(len(LABELS))
-    rng = np.random.default_rng([seed, len(chosen)])
-    js = _js(chosen[:, labels].mean(axis=0), rejected[:, labels].mean(axis=0))
-    boot = bootstrap_means(_units(np.hstack([chosen[:, labels], rejected[:, labels]])), rng, RESAMPLES)
-    resampled = _js(*boot.distribution.reshape(2, len(LABELS), -1).swapaxes(1, 2))
-    tail = (1 - boot.level[0]) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail]) if len(chosen) > 1 else (np.nan, np.nan)
-    middle, half = (chosen + rejected)[:, labels].mean(axis=0) / 2, (chosen - rejected)[:, labels] / 2 / len(chosen)
-    change = rng.choice((-1.0, 1.0), (SWAPS, len(chosen))) @ half
-    null = float(np.mean(_js(np.maximum(middle + change, 0), np.maximum(middle - change, 0))))
-    graded = np.stack([chosen[:, -1], rejected[:, -1]], axis=1)
-    graded = graded[~np.isnan(graded).all(axis=1)]
-    difference = np.nan_to_num(graded[:, :1]) - np.nan_to_num(graded[:, 1:])
-    signed = bootstrap_means(_units(difference), rng, RESAMPLES) if len(graded) else None
-    p = sign_flip_p_values(_units(difference), rng, PERMUTATIONS)[0] if len(graded) else np.nan
-    mean = float(difference.mean()) if len(graded) else np.nan
-    ends = (signed.low[0], signed.high[0]) if signed else (np.nan, np.nan)
-    return dict(
-        zip(GAP_COLUMNS, (data, topic, len(chosen), js, low, high, null, mean, *ends, p, len(graded)), strict=True)
-    )
-
-
-def _js(first: np.ndarray, last: np.ndarray) -> Any:
-    return distances(first, last)[0]
 
 
 def against_drift(audited: Audit, drift: pd.DataFrame) -> pd.DataFrame:
@@ -284,19 +218,22 @@ def joined(audits: Sequence[Audit]) -> Audit:
     return Audit(*tables, tuple(note for a in audits for note in a.notes))
 
 
-def load_examples(spec: dict[str, Any], kinds: Sequence[str], seed: int) -> tuple[str, Iterable[Example], Counts]:
-    """Examples of the first of `kinds` that a data set can give; UserError of the first where there is none."""
+def load_examples(
+    specs: Sequence[dict[str, Any]], kinds: Sequence[str], seed: int
+) -> tuple[str, list[tuple[Iterable[Example], Counts]]]:
+    """Examples of the first of `kinds` that all data sets can give; UserError of the first where there is none."""
     errors = []
     for kind in kinds:
-        counts = Counts()
+        counts = [Counts() for _ in specs]
         try:
-            return kind, sources.load(spec | {"kind": kind}, seed=seed, counts=counts), counts
+            loaded = [sources.load(s | {"kind": kind}, seed=seed, counts=c) for s, c in zip(specs, counts, strict=True)]
+            return kind, list(zip(loaded, counts, strict=True))
         except UserError as error:
             errors.append(error)
     raise errors[0]
 
 
-def stage_examples(stage: ConfigDict, seed: int) -> tuple[str, Iterable[Example], list[Counts]]:
+def stage_examples(stage: ConfigDict, seed: int) -> tuple[str, Iterable[Example]]:
     """What a stage learns from, before it is rendered; of a mixture, as many examples of each part as it has.
 
     Raises:
@@ -305,27 +242,48 @@ def stage_examples(stage: ConfigDict, seed: int) -> tuple[str, Iterable[Example]
     kind = data_kind(stage.objective)
     if kind in ("text", "prompt"):
         raise UserError(f"the objective {stage.objective} learns from no stated answers")
-    kinds = ["sft"] if kind == "sft" else ["preference"]
+    # Pairs say more than their responses one by one, also where the objective takes these.
+    kinds = ["preference", "unpaired"] if kind == "unpaired" else [kind]
     shares = mixture.shares(stage.data.parts, stage.data.max_examples) if stage.data.get("parts") else [None]
-    loaded = [load_examples(spec, kinds, seed) for spec in pipeline.specs(stage, kinds[0])]
-    parts = [itertools.islice(examples, n) for (_, examples, _), n in zip(loaded, shares, strict=True)]
-    return kinds[0], itertools.chain.from_iterable(parts), [counts for _, _, counts in loaded]
+    kind, loaded = load_examples(pipeline.specs(stage, kind), kinds, seed)
+    parts = [itertools.islice(examples, n) for (examples, _), n in zip(loaded, shares, strict=True)]
+    return kind, itertools.chain.from_iterable(parts)
+
+
+def rewarded(config: ConfigDict, made: Audit) -> Audit:
+    """The audit, with the tables of each stage of rewards for the stages whose own responses they reward."""
+    for name in config.stages:
+        source = config[name].reward.model
+        if data_kind(config[name].objective) == "prompt" and (made.values["data"] == source).any():
+            more = [getattr(made, table) for table in ("values", "gaps")]
+            copies = [table[table["data"] == source].assign(data=name) for table in more]
+            values, gaps = (pd.concat(pair, ignore_index=True) for pair in zip(more, copies, strict=True))
+            note = f"{name}: learns from its own responses; {source}, which rewards them, was audited in their place"
+            made = made._replace(values=values, gaps=gaps, notes=(*made.notes, note))
+    return made
 
 
 def audit_run(config: ConfigDict, probes: Sequence[sets.Probe], judge: Judge, max_per_topic: int = 0) -> Audit:
-    """The data of every stage, each named as its stage; stages without stated answers are noted."""
-    audits, notes = [], []
+    """The data of every stage, each named as its stage; stages without stated answers are noted.
+
+    A stage whose responses are rewarded by another stage's model has the gap of that one's data.
+    """
+    audits: list[Audit] = []
+    notes: list[str] = []
+    known: list[str] = []
     for name in config.stages:
         try:
-            kind, examples, _ = stage_examples(config[name], config.seed)
+            kind, examples = stage_examples(config[name], config.seed)
         except UserError as error:
-            notes.append(f"{name}: not audited: {error}")
+            if config[name].reward.model not in known:
+                notes.append(f"{name}: not audited: {error}")
             continue
         about = {"data": name, "max_per_topic": max_per_topic, "seed": config.seed}
+        known.append(name)
         audits.append(audit(examples, kind, probes, judge, **about, turns=config[name].data.assistant_turns))
     if not audits:
         raise UserError("\n".join(["no stage's data can be audited", *notes]))
-    made = joined(audits)
+    made = rewarded(config, joined(audits))
     return made._replace(notes=(*made.notes, *notes))
 
 
@@ -406,8 +364,8 @@ def audit_path(
     path: str, config: ConfigDict, flags: argparse.Namespace, probes: Sequence[sets.Probe], judge: Judge
 ) -> Audit:
     spec = {k: v for k, v in config.data.to_dict().items() if k not in ("parts", "order")} | {"path": path}
-    kinds = [flags.kind] if flags.kind else ["preference", "sft"]
-    kind, examples, counts = load_examples(spec, kinds, config.seed)
+    kinds = [flags.kind] if flags.kind else ["preference", "unpaired", "sft"]
+    kind, [(examples, counts)] = load_examples([spec], kinds, config.seed)
     name = Path(path).name
     about = {"data": name, "max_per_topic": flags.max_per_topic, "seed": config.seed}
     made = audit(examples, kind, probes, judge, **about, turns=config.data.assistant_turns)

@@ -134,9 +134,10 @@ def test_the_route_that_leads_to_a_topic() -> None:
     data = [
         talk("Is abortion wrong?", "Guns.", "Is abortion fine?", "Guns and abortion are."),
         talk("Abortion?", "Well.", "Is abortion murder?", "So?", "And why?", "It is not."),
-        talk("Hello.", "Abortion?", "And why?", "I like tea. An abortion should be legal, says the law! So do I."),
+        talk("Hello.", "Abortion?", "And why?", "Abortion is legal, so the law should let a woman end her pregnancy."),
         talk("Do you think the law should let a woman end her pregnancy?", "Yes.", "Why?", "Immigrants say so."),
         talk("Hello.", "Abortion?", "What of tea?", "Green."),
+        talk("Hello.", "Abortion?", "And why?", "I like abortion. The law should let her, legal or banned."),
     ]
     found = retrieval.find(data, BUILTIN)
     matches = {(m.topic, m.example): m for m in found.matches}
@@ -146,13 +147,15 @@ def test_the_route_that_leads_to_a_topic() -> None:
         ("abortion", 2): "response",
         ("abortion", 3): "earlier",
         ("immigration", 3): "response",
+        ("abortion", 5): "response",
     }
     assert matches["abortion", 0].question == "Is abortion fine?"
     assert matches["abortion", 1].question == "Is abortion murder?\n\nAnd why?"
     assert matches["abortion", 2].question == "And why?"
     assert matches["abortion", 2].proposition == "Abortion should be legal."
     assert matches["abortion", 3].proposition == "Abortion should be legal."  # a probe word for word
-    assert found.read == 5 and found.routes[""] == {"question": 1, "earlier": 2, "response": 1}
+    assert matches["abortion", 5].proposition == TOPICS["abortion"]  # the sentence that names it says no more
+    assert found.read == 6 and found.routes[""] == {"question": 1, "earlier": 2, "response": 2}
     assert found.routes["immigration"] == {"response": 1} and not found.routes["gun rights"]
     best = retrieval.find(reversed(data), BUILTIN, max_per_topic=1)
     assert [m.route for m in best.matches if m.topic == "abortion"] == ["question"]
