@@ -15,6 +15,7 @@ from scipy.spatial.distance import jensenshannon
 from vdjax import audit
 from vdjax import config as configs
 from vdjax.data.examples import Example
+from vdjax.drift import gaps
 from vdjax.errors import UserError
 from vdjax.judges import LABELS, Exchange, Judge, Verdicts
 from vdjax.probes import sets
@@ -198,7 +199,7 @@ def test_intervals_cover_and_chance_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 def drift_table(stages: dict[str, dict[str, float]]) -> pd.DataFrame:
     rows = [
         {"readout": readout, "stage": stage, "topic": topic, "stance": stance, "magnitude": sign * x,
-         "ci_low": x - 0.1, "ci_high": x + 0.1}
+         "ci_low": x - 0.1, "ci_high": x + 0.1, "significant": abs(x) > 0.25}
         for readout, sign in (("open_ended:words", 1), ("statement", -1))
         for stage, topics in stages.items()
         for topic, x in topics.items()
@@ -220,25 +221,38 @@ def test_gaps_against_drift(tmp_path: Path) -> None:
         ]
     )
     drift = drift_table({"dpo": {"abortion": 0.4, "gun rights": -0.3, "all": 0.9}, "sft": {"immigration": -0.2}})
-    against = audit.against_drift(made, drift)
-    assert list(against.columns) == list(audit.AGAINST_COLUMNS) and set(against["readout"]) == {"open_ended:words"}
+    against = gaps.against_drift(made.values, made.gaps, drift)
+    assert list(against.columns) == list(gaps.COLUMNS) and set(against["readout"]) == {"open_ended:words"}
     rows = {(r.stage, r.topic): (r.side, r.gap, r.predicted, r.drift, r.agrees) for r in against.itertuples()}
     assert rows == {
         ("dpo", "abortion"): ("chosen - rejected", 1.75, 1, 0.4, True),
         ("dpo", "gun rights"): ("chosen - rejected", -2, -1, -0.3, True),
         ("sft", "immigration"): ("sft", pytest.approx(1 / 3), 1, -0.2, False),
     }
-    found = audit.agreement(against)
-    assert (found["n"], found["agree"]) == (3, 2)
+    # Of abortion the gap is certain (1 to 2) and the drift significant; of guns too; of immigration neither is.
+    assert dict(zip(against["topic"], against["certain"], strict=True)) == {
+        "abortion": True,
+        "gun rights": True,
+        "immigration": False,
+    }
+    found = gaps.agreement(against)
+    assert (found["n"], found["agree"], found["certain"], found["certain_agree"]) == (3, 2, 2, 2)
+    assert "2 of 2 drifts have the sign" in gaps.sentence(found) and "2 of 3 in all" in gaps.sentence(found)
+    for change in ({"significant": False}, {"magnitude": np.nan}):
+        assert not gaps.against_drift(made.values, made.gaps, drift.assign(**change))["certain"].any()
+    unsure = made.gaps.assign(signed_low=-0.1)
+    assert gaps.against_drift(made.values, unsure, drift)["certain"].tolist() == [False, True, False]
+    labels = audit.audit(labelled([("yes", 1.0), ("yes", 1.0), ("no", 0.0)]), "unpaired", PROBES, JUDGE, data="dpo")
+    assert gaps.against_drift(labels.values, labels.gaps, drift)["side"].tolist() == ["desirable - undesirable"]
     expected = stats.spearmanr([1.75, -2, 1 / 3], [0.4, -0.3, -0.2])
     assert (found["spearman"], found["p"]) == pytest.approx((expected.statistic, expected.pvalue), nan_ok=True)
     tables = {"hits.parquet": made.hits, "values.csv": made.values, "gaps.csv": made.gaps}
-    output.write(tmp_path, tables, against, found)
+    output.write(tmp_path, tables, against)
     figures = {"gap_against_drift.png", "value_gaps.png"}
     assert {p.name for p in tmp_path.iterdir()} == {"against_drift.csv", "against_drift.json", *tables, *figures}
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "hits.parquet"), made.hits)
     with pytest.raises(UserError, match="no rows of the stance 'graded'"):
-        audit.against_drift(made, drift[drift["stance"] == "support"])
+        gaps.against_drift(made.values, made.gaps, drift[drift["stance"] == "support"])
 
 
 @pytest.fixture

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
-from scipy import stats
 
 from vdjax import config as configs
 from vdjax import runtime
 from vdjax.cli import run_cli
 from vdjax.data import mixture, pipeline, sources
 from vdjax.data.examples import Counts, Example
+from vdjax.drift import gaps
+from vdjax.drift.scores import POOLED
 from vdjax.errors import UserError
 from vdjax.judges import LABELS, Exchange, Judge
 from vdjax.probes import sets
@@ -33,12 +34,7 @@ from vdjax.train.plan import data_kind
 from vdjax.values import output, retrieval
 from vdjax.values.measures import GAP_COLUMNS, QUANTITIES, SIDES, paired_gap, unpaired_gap, values_of
 
-POOLED = "all"
 FOUND_COLUMNS = ("data", "topic", "looked_at", *retrieval.ROUTES)
-AGAINST_COLUMNS = (
-    ("stage", "topic", "side", "n", "gap", "gap_low", "gap_high", "predicted", "drift", "drift_low", "drift_high")
-    + ("agrees", "readout")
-)  # fmt: skip
 
 
 class Audit(NamedTuple):
@@ -118,13 +114,13 @@ def audit(
     sides = [(topic, side, rows) for topic, rows in groups for side in SIDES[kind] if (rows["side"] == side).any()]
     values = [values_of(data, topic, side, rows, seed) for topic, side, rows in sides]
     gap = {"preference": paired_gap, "unpaired": unpaired_gap}.get(kind)
-    gaps = [gap(data, topic, rows, seed) for topic, rows in groups] if gap else []
+    apart = [gap(data, topic, rows, seed) for topic, rows in groups] if gap else []
     columns = ["data", "topic", "side", "n", "n_graded"]
     columns += [f"{name}{end}" for name in QUANTITIES for end in ("", "_low", "_high")]
     return Audit(
         hits.drop(columns="index"),
         pd.DataFrame(values, columns=columns),
-        pd.DataFrame(gaps, columns=list(GAP_COLUMNS)),
+        pd.DataFrame(apart, columns=list(GAP_COLUMNS)),
         pd.DataFrame(
             [
                 (data, topic or POOLED, found.read, *(counts[route] for route in retrieval.ROUTES))
@@ -149,64 +145,6 @@ def answers(examples: Iterable[Example], numbers: list[int]) -> Iterator[Example
                     yield example._replace(prompt=example.prompt[:i], responses=(message["content"],))
         numbers.append(number)
         yield example
-
-
-def against_drift(audited: Audit, drift: pd.DataFrame) -> pd.DataFrame:
-    """What each stage's data predict for each topic, and what was measured: AGAINST_COLUMNS.
-
-    gap: of preference data the signed gap; of SFT data the mean graded stance of the responses, which says where the
-    policy is led but not where it starts from. predicted: the gap's sign. drift: the change of `graded`, toward the
-    topic, by the first readout of `drift` (the table of drift.csv).
-
-    Raises:
-      UserError: a table without the quantity graded.
-    """
-    drift = drift[drift["stance"] == "graded"]
-    if drift.empty:
-        raise UserError("drift.csv holds no rows of the stance 'graded'; write the run's report anew")
-    readout = drift["readout"].iloc[0]
-    drift = drift[(drift["readout"] == readout) & (drift["topic"] != POOLED)].set_index(["stage", "topic"])
-    gaps = {
-        (g.data, g.topic): ("chosen - rejected", g.n, g.signed, g.signed_low, g.signed_high)
-        for g in audited.gaps.itertuples()
-    }
-    sft = audited.values[audited.values["side"] == "sft"]
-    gaps |= {(v.data, v.topic): ("sft", v.n, v.graded, v.graded_low, v.graded_high) for v in sft.itertuples()}
-    rows = []
-    for (stage, topic), (side, n, gap, low, high) in gaps.items():
-        if (stage, topic) in drift.index:
-            moved = drift.loc[(stage, topic)]
-            predicted, measured = np.sign(gap), moved["magnitude"]
-            known = not np.isnan(gap) and not np.isnan(measured)
-            agrees = bool(predicted == np.sign(measured)) if known else None
-            rows.append(
-                (
-                    stage,
-                    topic,
-                    side,
-                    n,
-                    gap,
-                    low,
-                    high,
-                    predicted,
-                    measured,
-                    moved["ci_low"],
-                    moved["ci_high"],
-                    agrees,
-                    readout,
-                )
-            )
-    return pd.DataFrame(rows, columns=list(AGAINST_COLUMNS))
-
-
-def agreement(against: pd.DataFrame) -> dict[str, Any]:
-    """n pairs with a gap and a drift, how many agree in sign, and Spearman's rho with its p-value (NaN below three)."""
-    both = against.dropna(subset=["gap", "drift"])
-    agree = int(both["agrees"].astype(bool).sum())
-    rho = p = float("nan")
-    if len(both) > 2 and both["gap"].nunique() > 1 and both["drift"].nunique() > 1:
-        rho, p = map(float, stats.spearmanr(both["gap"], both["drift"]))
-    return {"n": len(both), "agree": agree, "spearman": rho, "p": p}
 
 
 def joined(audits: Sequence[Audit]) -> Audit:
@@ -257,9 +195,9 @@ def rewarded(config: ConfigDict, made: Audit) -> Audit:
         if data_kind(config[name].objective) == "prompt" and (made.values["data"] == source).any():
             more = [getattr(made, table) for table in ("values", "gaps")]
             copies = [table[table["data"] == source].assign(data=name) for table in more]
-            values, gaps = (pd.concat(pair, ignore_index=True) for pair in zip(more, copies, strict=True))
+            values, apart = (pd.concat(pair, ignore_index=True) for pair in zip(more, copies, strict=True))
             note = f"{name}: learns from its own responses; {source}, which rewards them, was audited in their place"
-            made = made._replace(values=values, gaps=gaps, notes=(*made.notes, note))
+            made = made._replace(values=values, gaps=apart, notes=(*made.notes, note))
     return made
 
 
@@ -346,17 +284,14 @@ def main() -> None:
         return
     for note in audited.notes:
         say(note)
-    against = against_drift(audited, pd.read_csv(drift_file)) if drift_file else None
-    found = agreement(against) if against is not None else {}
+    drift = pd.read_csv(drift_file) if drift_file else None
+    against = gaps.against_drift(audited.values, audited.gaps, drift) if drift is not None else None
     tables = {"hits.parquet": audited.hits, "values.csv": audited.values, "gaps.csv": audited.gaps}
     tables["found.csv"] = audited.found
-    output.write(workdir / "audit", tables, against, found)
+    output.write(workdir / "audit", tables, against)
     print(output.text(audited.found, audited.values[["data", "topic", "side", "n", *QUANTITIES]], audited.gaps))
     if against is not None:
-        print(
-            f"\n{found['agree']} of {found['n']} drifts have the sign that the data predict; "
-            f"Spearman {found['spearman']:.2f} (p = {found['p']:.3g})"
-        )
+        print(f"\n{gaps.sentence(gaps.agreement(against))}")
     print(f"audit: {workdir / 'audit'}")
 
 

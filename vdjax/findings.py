@@ -20,7 +20,7 @@ from vdjax.progress import say
 from vdjax.setup import Setup
 
 NO_TRAINING = pd.DataFrame(columns=["stage", "step", "metric", "value"])
-AUDIT_TABLES = ("values", "gaps", "against_drift")
+AUDIT_TABLES = ("values", "gaps")
 
 
 def write(
