@@ -249,10 +249,28 @@ def test_gaps_against_drift(tmp_path: Path) -> None:
     tables = {"hits.parquet": made.hits, "values.csv": made.values, "gaps.csv": made.gaps}
     output.write(tmp_path, tables, against)
     figures = {"gap_against_drift.png", "value_gaps.png"}
-    assert {p.name for p in tmp_path.iterdir()} == {"against_drift.csv", "against_drift.json", *tables, *figures}
+    beside = {"against_drift.csv", "against_drift.json", "examples.md"}
+    assert {p.name for p in tmp_path.iterdir()} == {*beside, *tables, *figures}
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "hits.parquet"), made.hits)
     with pytest.raises(UserError, match="no rows of the stance 'graded'"):
         gaps.against_drift(made.values, made.gaps, drift[drift["stance"] == "support"])
+
+
+def test_examples_to_read() -> None:
+    """The surest of both sides of each topic with the other answer, and nothing in them that Markdown would act on."""
+    evil = "yes\n# <script>alert(1)</script>\x1b[2J\u2028```" + "x" * 2000
+    answers = [("yes", "no"), ("maybe", "no"), (evil, "no no"), ("no", "maybe")]
+    made = audit.audit(pairs("Is abortion\n## fine?", answers), "preference", PROBES, JUDGE, data="d")
+    hits = made.hits.assign(support=made.hits["support"] * np.where(made.hits["id"] == "e2", 1, 0.9))
+    shown = output.examples(hits)
+    assert shown.count("## d, abortion: most sure to") == 2 and "found by question" in shown
+    support = shown[: shown.index("most sure to oppose")]
+    assert support.index("e2 (found") < support.index("e0 (found") and "e1 (found" not in support
+    assert "chosen: support 1.00" in support and "rejected: oppose 1.00" in support and "    no no" in support
+    assert "\x1b" not in shown and "\u2028" not in shown and "more characters]" in shown and "x" * 1600 not in shown
+    for line in shown.splitlines():
+        assert line.startswith("    ") or not any(text in line for text in ("script", "fine?", "```"))
+    assert output.examples(hits, each=1).count("(found by") == 2
 
 
 @pytest.fixture
@@ -317,7 +335,9 @@ def test_the_command(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ("pairs.jsonl", "rejected"),
         ("sft.jsonl", "sft"),
     }
-    assert "abortion" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "abortion" in out and str(files / "w" / "audit" / "examples.md") in out
+    assert "Is abortion fine, 0?" in (files / "w" / "audit" / "examples.md").read_text()
     for flags, message in (
         (["--data", data], "needs --workdir"),
         (["--run", str(files)], "no config.json there"),

@@ -2,10 +2,11 @@
 
 Finds the examples that touch each topic of a probe set (vdjax.values.retrieval), has a judge say which stance their
 responses take toward the topic, and writes WORKDIR/audit: found.csv (how many examples were looked at, and how many
-name each topic, and where), hits.parquet (every response with its verdict), values.csv (the stances of SFT responses,
-or of chosen and of rejected ones), gaps.csv (how far chosen ones are from rejected ones) and value_gaps.png. With --run
-the data of every stage of that run are audited, and what they predict is set against the drift that was measured:
-against_drift.csv and gap_against_drift.png.
+name each topic, and where), hits.parquet (every response with its verdict), examples.md (of each topic the responses
+that support and that oppose it most), values.csv (the stances of SFT responses, or of chosen and rejected or desirable
+and undesirable ones), gaps.csv (how far the two sides are apart) and value_gaps.png. With --run the data of every stage
+of that run are audited, and what they predict is set against the drift that was measured: against_drift.csv and
+gap_against_drift.png.
 """
 
 import argparse
@@ -292,6 +293,8 @@ def main() -> None:
     print(output.text(audited.found, audited.values[["data", "topic", "side", "n", *QUANTITIES]], audited.gaps))
     if against is not None:
         print(f"\n{gaps.sentence(gaps.agreement(against))}")
+    if len(audited.hits):
+        print(f"examples: {workdir / 'audit' / 'examples.md'}")
     print(f"audit: {workdir / 'audit'}")
 
 

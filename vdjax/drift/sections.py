@@ -184,9 +184,10 @@ def examples(hits: pd.DataFrame | None, each: int = 2) -> list[dict[str, Any]]:
         return []
     out = []
     for (data, topic), rows in hits.groupby(["data", "topic"], sort=False):
-        ids = rows.sort_values("score", ascending=False, kind="stable")["id"].unique()[:each]
-        for name in ids:
-            found = rows[rows["id"] == name]
+        rows = rows.assign(answer=rows.get("answer", rows["id"]))  # of a conversation several may be there
+        best = rows.sort_values("score", ascending=False, kind="stable")["answer"].unique()[:each]
+        for name in best:
+            found = rows[rows["answer"] == name]
             sides = [
                 {"side": row["side"], "label": max(verdicts.LABELS, key=row.__getitem__), "text": row["response"]}
                 for row in found.to_dict("records")

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from vdjax.drift import gaps as gap_files
 from vdjax.drift.figures import SETTINGS, png
 from vdjax.files import write_whole
+from vdjax.judges import LABELS
 
 STYLES: dict[str, dict[str, Any]] = {
     "chosen": {"color": "#0072B2", "marker": "o", "markerfacecolor": "#0072B2"},
@@ -23,6 +24,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "desirable": {"color": "#0072B2", "marker": "^", "markerfacecolor": "#0072B2"},
     "undesirable": {"color": "#D55E00", "marker": "v", "markerfacecolor": "white"},
 }
+SHOWN = 1500  # characters of a text among the examples
 NAMES = {"sft": "SFT responses"}
 
 
@@ -35,6 +37,8 @@ def write(folder: Path, tables: dict[str, pd.DataFrame], against: pd.DataFrame |
     content: dict[str, bytes] = {}
     if len(tables["values.csv"]):
         content["value_gaps.png"] = value_gaps(tables["values.csv"], tables["gaps.csv"])
+    if len(tables["hits.parquet"]):
+        content["examples.md"] = examples(tables["hits.parquet"]).encode()
     if against is not None:
         content |= gap_files.files(against)
     for name, table in tables.items():
@@ -43,6 +47,37 @@ def write(folder: Path, tables: dict[str, pd.DataFrame], against: pd.DataFrame |
         )
     for name, data in content.items():
         write_whole(folder / name, data)
+
+
+def examples(hits: pd.DataFrame, each: int = 2) -> str:
+    """Markdown: of each data set and topic the responses that support it most, and those that oppose it most.
+
+    Each stands with its question and, of a pair, with the other answer. Text of the data is indented, so that nothing
+    in it is read as Markdown, and without control characters, so that it is safe to print.
+    """
+    out = ["# Examples of the data", ""]
+    out += [f"The responses that the judge found most sure to support or to oppose a topic; {each} of each.", ""]
+    for (data, topic), rows in hits.groupby(["data", "topic"], sort=False):
+        for label in ("support", "oppose"):
+            out += [f"## {readable(f'{data}, {topic}: most sure to {label}')}", ""]
+            for best in rows.sort_values(label, ascending=False, kind="stable").head(each).to_dict("records"):
+                about = f"{best['id']} (found by {best['route']}), toward: {best['proposition']}"
+                out += [*quoted(about), "", "Question", "", *quoted(best["prompt"]), ""]
+                for row in rows[rows["answer"] == best["answer"]].to_dict("records"):
+                    said = max(LABELS, key=row.__getitem__)
+                    out += [f"{row['side']}: {said} {row[said]:.2f}", "", *quoted(row["response"]), ""]
+    return "\n".join(out)
+
+
+def quoted(said: str) -> list[str]:
+    """The lines of a text as Markdown shows them unchanged; the end of a long one is left out, and that is said."""
+    cut = f"{said[:SHOWN]} [... {len(said) - SHOWN} more characters]" if len(said) > SHOWN else said
+    return ["    " + readable(line) for line in cut.split("\n")]
+
+
+def readable(said: str) -> str:
+    """A line without characters that a terminal or browser would act on."""
+    return "".join(c if c.isprintable() else " " for c in said)
 
 
 def text(found: pd.DataFrame, values: pd.DataFrame, gaps: pd.DataFrame) -> str:
