@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from ml_collections import ConfigDict
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
@@ -293,16 +294,17 @@ def test_every_stage_of_a_run(files: Path) -> None:
     config.sft = configs.stage("sft", data={"path": str(files / "sft.jsonl")})
     config.dpo = configs.stage("dpo", data={"path": str(files / "pairs.jsonl"), "max_examples": 3})
     config.ppo = configs.stage("ppo", data={"path": str(files / "pairs.jsonl")})
-    config.kto = configs.stage("kto", data={"path": str(files / "pairs.jsonl"), "skip_examples": 3})
+    config.kto = configs.stage("kto", data={"path": str(files / "pairs.jsonl"), "skip_examples": 2})
     config.rm = configs.stage("reward_model", data={"path": str(files / "pairs.jsonl")})
     config.ppo_rm = configs.stage("ppo", data={"path": str(files / "sft.jsonl")}, reward={"model": "rm"})
     config.kto_labels = configs.stage("kto", data={"path": str(files / "labels.jsonl")})
-    made = audit.audit_run(config, PROBES, JUDGE)
+    config.tokenizer.path = "bytes"
+    made = audit.audit_run(config, files / "run", PROBES, JUDGE)
     counts = {(v.data, v.topic, v.side): v.n for v in made.values.itertuples() if v.topic != "all"}
     assert counts == {
         ("sft", "gun rights", "sft"): 1,
         **{("dpo", "abortion", side): 3 for side in ("chosen", "rejected")},
-        **{("kto", "abortion", side): 1 for side in ("chosen", "rejected")},
+        **{("kto", "abortion", side): 2 for side in ("chosen", "rejected")},
         **{(stage, "abortion", side): 4 for stage in ("rm", "ppo_rm") for side in ("chosen", "rejected")},
         ("kto_labels", "abortion", "desirable"): 2,
         ("kto_labels", "abortion", "undesirable"): 1,
@@ -314,13 +316,34 @@ def test_every_stage_of_a_run(files: Path) -> None:
     assert set(made.hits["data"]) == {"sft", "dpo", "kto", "rm", "kto_labels"}
 
 
-def test_the_parts_of_a_mixture(files: Path) -> None:
-    stage = configs.stage("dpo")
-    with stage.unlocked():
-        stage.data.parts = ({"path": str(files / "pairs.jsonl"), "count": 2}, {"path": str(files / "pairs.jsonl")})
-        stage.data.max_examples = 5
-    kind, examples = audit.stage_examples(stage, 0)
-    assert kind == "preference" and [e.id for e in examples] == [f"pairs.jsonl:{i}" for i in (0, 1, 0, 1, 2)]
+def test_the_audited_examples_are_those_trained_on(files: Path) -> None:
+    """Of parts: those that can be rendered, without the held-out ones; of an ended stage: those that it came to."""
+    asked = [f"{'Is abortion fine? ' * (9 if i == 1 else 1)}{i}" for i in range(9)]
+    rows = [{"prompt": text, "chosen": "yes", "rejected": "no"} for text in asked]
+    (files / "more.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config = configs.experiment()
+    config.tokenizer.path, config.stages = "bytes", ("dpo",)
+    config.dpo = configs.stage("dpo", max_length=80, eval_examples=2)
+    part = {"path": str(files / "more.jsonl")}
+    config.dpo.data.parts, config.dpo.data.max_examples = ({**part, "count": 3}, {**part, "skip_examples": 4}), 6
+
+    def trained(config: Any) -> list[str]:
+        kind, examples, notes = audit.stage_examples(config, "dpo", files / "run")
+        assert kind == "preference" and not notes
+        return [example.id for example in examples]
+
+    # Example 1 is too long, so the first part has 0, 2 and 3; of 6 mixed examples the last two are held out.
+    every = [f"part0/more.jsonl:{i}" for i in (0, 2, 3)] + [f"part1/more.jsonl:{i}" for i in (4, 5, 6)]
+    mixed = [f"part{p}/more.jsonl:{i}" for j in range(3) for p, i in ((0, (0, 2, 3)[j]), (1, (4, 5, 6)[j]))]
+    assert trained(config) == [id for id in every if id in mixed[:4]]
+    rendered = set((files / "run" / "data").iterdir())
+    kept = ConfigDict(json.loads(configs.to_json(config)))  # as a workdir has it
+    assert trained(kept) == trained(config) and set((files / "run" / "data").iterdir()) == rendered
+    config.dpo.max_steps, config.dpo.batch_size = 1, 3
+    assert len(trained(config)) == 3 and set(trained(config)) < set(mixed[:4])
+    (files / "run" / "dpo").mkdir()
+    (files / "run" / "dpo" / "done.json").write_text('{"data_counts": {"rows": 5}}')
+    assert "changed since" in audit.stage_examples(config, "dpo", files / "run")[2][0]
 
 
 def test_the_command(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -10,7 +10,6 @@ gap_against_drift.png.
 """
 
 import argparse
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from vdjax.errors import UserError
 from vdjax.judges import LABELS, Exchange, Judge
 from vdjax.probes import sets
 from vdjax.progress import say
+from vdjax.setup import reading
 from vdjax.train.plan import data_kind
 from vdjax.values import output, retrieval
 from vdjax.values.measures import GAP_COLUMNS, QUANTITIES, SIDES, paired_gap, unpaired_gap, values_of
@@ -172,21 +172,55 @@ def load_examples(
     raise errors[0]
 
 
-def stage_examples(stage: ConfigDict, seed: int) -> tuple[str, Iterable[Example]]:
-    """What a stage learns from, before it is rendered; of a mixture, as many examples of each part as it has.
+def stage_examples(config: ConfigDict, name: str, workdir: Path) -> tuple[str, Iterator[Example], list[str]]:
+    """What a stage of a run was trained on, with its texts whole, and notes on it.
+
+    Those examples that could be rendered (found in WORKDIR/data, or rendered again), without the held-out ones and, of
+    a stage that ended within its first epoch, without those that it did not come to.
 
     Raises:
       UserError: data without responses, or those of a stage that learns from the policy's own.
     """
-    kind = data_kind(stage.objective)
-    if kind in ("text", "prompt"):
+    stage = config[name]
+    needed = data_kind(stage.objective)
+    if needed in ("text", "prompt"):
         raise UserError(f"the objective {stage.objective} learns from no stated answers")
     # Pairs say more than their responses one by one, also where the objective takes these.
-    kinds = ["preference", "unpaired"] if kind == "unpaired" else [kind]
-    shares = mixture.shares(stage.data.parts, stage.data.max_examples) if stage.data.get("parts") else [None]
-    kind, loaded = load_examples(pipeline.specs(stage, kind), kinds, seed)
-    parts = [itertools.islice(examples, n) for (examples, _), n in zip(loaded, shares, strict=True)]
-    return kind, itertools.chain.from_iterable(parts)
+    kinds = ["preference", "unpaired"] if needed == "unpaired" else [needed]
+    kind, loaded = load_examples(pipeline.specs(stage, needed), kinds, config.seed)
+    tokenizer, template, _ = reading(config)
+    data = pipeline.build(stage, needed, tokenizer, template, workdir / "data", seed=config.seed)
+    done, notes = workdir / name / "done.json", []
+    if done.exists() and json.loads(done.read_text())["data_counts"] != data.counts:
+        notes.append(f"{name}: the data changed since it was trained; audited is what they are now")
+    ids = trained_ids(stage, data, config.seed)
+    if (needed, kind) == ("unpaired", "preference"):
+        ids = {id.removesuffix(":chosen").removesuffix(":rejected") for id in ids}
+    return kind, _chosen([examples for examples, _ in loaded], bool(stage.data.get("parts")), ids), notes
+
+
+def trained_ids(stage: ConfigDict, data: pipeline.Dataset, seed: int) -> set[str]:
+    """Ids of the examples that a stage's steps went through (see `train.plan.plan_stage`)."""
+    train = pipeline.take(data, 0, len(data) - stage.eval_examples)
+    parts = mixture.part_numbers(train.ids) if stage.data.get("order") == "parts" else None
+    steps = pipeline.order(len(train), stage.batch_size, stage.epochs, seed, parts)
+    if not stage.max_steps or stage.max_steps * stage.batch_size >= len(train):
+        return set(train.ids)
+    return {train.ids[i] for step in range(stage.max_steps) for i in steps[step]}
+
+
+def _chosen(parts: Sequence[Iterable[Example]], labelled: bool, ids: set[str]) -> Iterator[Example]:
+    """The examples with these ids, which say the part in a mixture; what comes after the last of them is not read."""
+    left = set(ids)
+    for number, examples in enumerate(parts):
+        mine = {id for id in left if not labelled or id.startswith(mixture.label(number, ""))}
+        for example in examples if mine else ():
+            id = mixture.label(number, example.id) if labelled else example.id
+            if id in mine:
+                yield example._replace(id=id)
+                mine.remove(id)
+            if not mine:
+                break
 
 
 def rewarded(config: ConfigDict, made: Audit) -> Audit:
@@ -202,8 +236,10 @@ def rewarded(config: ConfigDict, made: Audit) -> Audit:
     return made
 
 
-def audit_run(config: ConfigDict, probes: Sequence[sets.Probe], judge: Judge, max_per_topic: int = 0) -> Audit:
-    """The data of every stage, each named as its stage; stages without stated answers are noted.
+def audit_run(
+    config: ConfigDict, workdir: Path, probes: Sequence[sets.Probe], judge: Judge, max_per_topic: int = 0
+) -> Audit:
+    """What every stage was trained on, each named as its stage; stages without stated answers are noted.
 
     A stage whose responses are rewarded by another stage's model has the gap of that one's data.
     """
@@ -212,13 +248,14 @@ def audit_run(config: ConfigDict, probes: Sequence[sets.Probe], judge: Judge, ma
     known: list[str] = []
     for name in config.stages:
         try:
-            kind, examples = stage_examples(config[name], config.seed)
+            kind, examples, found = stage_examples(config, name, workdir)
         except UserError as error:
             if config[name].reward.model not in known:
                 notes.append(f"{name}: not audited: {error}")
             continue
         about = {"data": name, "max_per_topic": max_per_topic, "seed": config.seed}
         known.append(name)
+        notes += found
         audits.append(audit(examples, kind, probes, judge, **about, turns=config[name].data.assistant_turns))
     if not audits:
         raise UserError("\n".join(["no stage's data can be audited", *notes]))
@@ -278,7 +315,7 @@ def main() -> None:
             )
         judge = open_judge(Path(flags.judge).name, fields, mesh, workdir / "judgements" / "calls")
         if flags.run:
-            audited = audit_run(config, probes, judge, flags.max_per_topic)
+            audited = audit_run(config, flags.run, probes, judge, flags.max_per_topic)
         else:
             audited = joined([audit_path(path.strip(), config, flags, probes, judge) for path in flags.data.split(",")])
     if jax.process_index():

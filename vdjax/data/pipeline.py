@@ -102,7 +102,8 @@ def build(stage: ConfigDict, kind: str, tokenizer: Any, template: Template, cach
     """
     parts = {
         "format": 4,
-        "data": {name: value for name, value in stage.data.to_dict().items() if name != "order" and value != ()},
+        # Without the parts of data that have none: a tuple, or in a config that was written and read again a list.
+        "data": {k: v for k, v in stage.data.to_dict().items() if k != "order" and v not in ((), [])},
         "files": [
             (str(p), p.stat().st_size, p.stat().st_mtime_ns)
             for source in specs(stage, kind)
