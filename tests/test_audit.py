@@ -364,9 +364,68 @@ def test_the_command(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     for flags, message in (
         (["--data", data], "needs --workdir"),
         (["--run", str(files)], "no config.json there"),
+        ([], "give what is to be audited"),
+        (["--study", str(files), "--data", data], "leave --data"),
+        (["--study", str(files)], "found 0 runs"),
         (["--data", "nowhere.jsonl", "--workdir", str(files)], "no such file"),
         (["--data", data, "--workdir", str(files), "--config.seed=1"], "unknown flag"),
     ):
         monkeypatch.setattr(sys, "argv", ["audit", "--judge", "x", *flags])
         with pytest.raises(UserError, match=message):
             audit.main()
+
+
+def write_run(folder: Path, config: ConfigDict, stage: str) -> None:
+    (folder / "drift").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"config": json.loads(configs.to_json(config))}))
+    drift_table({stage: {"abortion": 0.4, "all": 0.9}}).to_csv(folder / "drift" / "drift.csv", index=False)
+
+
+def test_data_beside_a_run_of_given_checkpoints(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = pytest.importorskip("vdjax.judges.open")
+    monkeypatch.setattr(opened, "open_judge", lambda *args: JUDGE)
+    write_run(files / "probed", configs.experiment(), "models")
+    data = ["--run", str(files / "probed"), "--data", str(files / "pairs.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["audit", "--judge", "x", *data])
+    audit.main()
+    against = pd.read_csv(files / "probed" / "audit" / "against_drift.csv")
+    row = the(against, topic="abortion")
+    assert (row["stage"], row["gap"], row["drift"], row["agrees"], row["certain"]) == ("models", 2, 0.4, True, True)
+    trained = configs.experiment()
+    trained.stages, trained.dpo = ("dpo",), configs.stage("dpo")
+    write_run(files / "trained", trained, "dpo")
+    for flags, message in (
+        (data[:2], "does not know what its models were trained on"),
+        ([*data[:3], f"{data[3]},{data[3]}"], "one file, directory or hub id"),
+        (["--run", str(files / "trained"), *data[2:]], "its config says what its stages read"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["audit", "--judge", "x", *flags])
+        with pytest.raises(UserError, match=message):
+            audit.main()
+
+
+def test_all_runs_of_a_study(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Each response is judged once; runs without a report are named and left out."""
+    opened = pytest.importorskip("vdjax.judges.open")
+    asked: list[Exchange] = []
+
+    def counting(exchanges: Sequence[Exchange], repeat: int) -> Verdicts:
+        asked.extend(exchanges)
+        return verdicts(exchanges, repeat)
+
+    monkeypatch.setattr(opened, "open_judge", lambda *args: JUDGE._replace(judge=counting))
+    config = configs.experiment()
+    config.tokenizer.path, config.stages = "bytes", ("dpo",)
+    config.dpo = configs.stage("dpo", data={"path": str(files / "pairs.jsonl")})
+    for seed in (0, 1):
+        config.seed = seed
+        write_run(files / "study" / f"a-seed-{seed}", config, "dpo")
+    (files / "study" / "b").mkdir()
+    (files / "study" / "b" / "config.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["audit", "--judge", "x", "--study", str(files / "study")])
+    audit.main()
+    assert "left out: b" in capsys.readouterr().err
+    for seed in (0, 1):
+        against = pd.read_csv(files / "study" / f"a-seed-{seed}" / "audit" / "against_drift.csv")
+        assert the(against, topic="abortion")["gap"] == 2
+    assert len(asked) == len(set(asked)) == 8

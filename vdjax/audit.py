@@ -1,4 +1,4 @@
-"""The values of data: python -m vdjax.audit --data PATH[,PATH] --judge DIR --workdir DIR, or --run WORKDIR --judge DIR
+"""The values of data: python -m vdjax.audit --judge DIR, and --data PATH --workdir DIR, --run WORKDIR or --study DIR
 
 Finds the examples that touch each topic of a probe set (vdjax.values.retrieval), has a judge say which stance their
 responses take toward the topic, and writes WORKDIR/audit: found.csv (how many examples were looked at, and how many
@@ -6,7 +6,8 @@ name each topic, and where), hits.parquet (every response with its verdict), exa
 that support and that oppose it most), values.csv (the stances of SFT responses, or of chosen and rejected or desirable
 and undesirable ones), gaps.csv (how far the two sides are apart) and value_gaps.png. With --run the data of every stage
 of that run are audited, and what they predict is set against the drift that was measured: against_drift.csv and
-gap_against_drift.png.
+gap_against_drift.png. A workdir of vdjax.probe has no stages: --run WORKDIR --data PATH sets the data that its models
+were trained on against their drift. --study does what --run does for every run of a study.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from vdjax.drift import gaps
 from vdjax.drift.scores import POOLED
 from vdjax.errors import UserError
 from vdjax.judges import LABELS, Exchange, Judge
+from vdjax.probe import STAGE
 from vdjax.probes import sets
 from vdjax.progress import say
 from vdjax.setup import reading
@@ -270,9 +272,9 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", metavar="PATH[,PATH]", help="files, directories or hub ids; each a data set of its own")
-    what.add_argument("--run", type=Path, metavar="WORKDIR", help="audits the data of a run's stages")
+    parser.add_argument("--data", metavar="PATH[,PATH]", help="files, directories, hub ids; each a data set of its own")
+    parser.add_argument("--run", type=Path, metavar="WORKDIR", help="of a run; of vdjax.probe with --data beside it")
+    parser.add_argument("--study", type=Path, metavar="WORKDIR", help="of a study: every run in it that has a report")
     parser.add_argument("--judge", required=True, help="directory or hub id of a model; or a judge of the run's config")
     parser.add_argument("--template", default="", help="of a model as judge (vdjax/judges/templates)")
     parser.add_argument("--source", default="auto", help="schema of the data (vdjax.data.sources)")
@@ -282,29 +284,22 @@ def main() -> None:
     parser.add_argument("--max_per_topic", type=int, default=0, help="answers judged of each topic; default: all")
     parser.add_argument("--workdir", type=Path, help="default: the run's")
     flags, overrides = parser.parse_known_args()
-    if flags.data and not flags.workdir:
-        raise UserError("--data needs --workdir, where the tables are written")
-    if flags.run and (flags.source != "auto" or flags.kind):
-        raise UserError("--source and --kind are for --data; a run's config says what its stages read")
-    if flags.max_per_topic < 0:
-        raise UserError(f"--max_per_topic {flags.max_per_topic}: expected at least 0 (all)")
-    config = run_config(flags.run) if flags.run else configs.experiment()
-    if not flags.run:
+    runs = check_flags(flags)
+    config = next(iter(runs.values()), None) or configs.experiment()
+    if flags.data:
         config.data = configs.stage("sft").data
         config.data.source = flags.source
-    configs.override_only(config, overrides, "mesh", *["data"] * (not flags.run))
+    configs.override_only(config, overrides, "mesh", *["data"] * bool(flags.data))
     probes = sets.load(flags.probes or config.probes.path, topics=flags.topics or config.probes.topics or None)
-    drift_file = flags.run / "drift" / "drift.csv" if flags.run else None
-    if drift_file and not drift_file.exists():
-        raise UserError(f"{drift_file}: no such file; the run has no report yet")
     runtime.start()
 
     import jax
 
     from vdjax import sharding
     from vdjax.judges.open import open_judge
+    from vdjax.measure import remembering
 
-    workdir = flags.workdir or flags.run
+    calls = (flags.study or flags.workdir or flags.run) / "judgements" / "calls"
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     with jax.set_mesh(mesh):
         if flags.judge in config.get("judges", {}):
@@ -313,16 +308,72 @@ def main() -> None:
             fields = configs.judge(
                 "local", path=flags.judge, **({"template": flags.template} if flags.template else {})
             )
-        judge = open_judge(Path(flags.judge).name, fields, mesh, workdir / "judgements" / "calls")
-        if flags.run:
-            audited = audit_run(config, flags.run, probes, judge, flags.max_per_topic)
-        else:
-            audited = joined([audit_path(path.strip(), config, flags, probes, judge) for path in flags.data.split(",")])
-    if jax.process_index():
-        return
+        # The runs of a study share their data but for the seed: each response is judged once.
+        judge = remembering(open_judge(Path(flags.judge).name, fields, mesh, calls))
+        for run, own in (runs or {None: config}).items():
+            if flags.study:
+                say(f"{run}:")
+            if flags.data:
+                paths = [path.strip() for path in flags.data.split(",")]
+                audited = joined([audit_path(path, own, flags, probes, judge) for path in paths])
+            else:
+                audited = audit_run(own, run, probes, judge, flags.max_per_topic)
+            if jax.process_index() == 0:
+                write(audited, flags.workdir or run, run)
+
+
+def check_flags(flags: argparse.Namespace) -> dict[Path, ConfigDict]:
+    """The runs that are audited, with their configs; none where --data stands alone.
+
+    Raises:
+      UserError: flags that do not go together, or a run without a config or report.
+    """
+    if not (flags.data or flags.run or flags.study):
+        raise UserError("give what is to be audited: --data, --run or --study")
+    if flags.study and (flags.data or flags.run or flags.workdir):
+        raise UserError("--study audits the runs of a study, each in its own workdir; leave --data, --run, --workdir")
+    if flags.data and not flags.run and not flags.workdir:
+        raise UserError("--data needs --workdir, where the tables are written")
+    if not flags.data and (flags.source != "auto" or flags.kind):
+        raise UserError("--source and --kind are for --data; a run's config says what its stages read")
+    if flags.max_per_topic < 0:
+        raise UserError(f"--max_per_topic {flags.max_per_topic}: expected at least 0 (all)")
+    if flags.study:
+        return study_runs(flags.study)
+    if not flags.run:
+        return {}
+    config, drift = run_config(flags.run), flags.run / "drift" / "drift.csv"
+    if config.stages and flags.data:
+        raise UserError(f"--run {flags.run}: its config says what its stages read; --data is for runs of vdjax.probe")
+    if not config.stages and not flags.data:
+        raise UserError(
+            f"--run {flags.run} is a workdir of vdjax.probe, which does not know what its models were trained on; give "
+            "that by --data"
+        )
+    if flags.data and "," in flags.data:
+        raise UserError(f"--data {flags.data}: with --run, one file, directory or hub id, to set against the drift")
+    if not drift.exists():
+        raise UserError(f"{drift}: no such file; the run has no report yet")
+    return {flags.run: config}
+
+
+def study_runs(study: Path) -> dict[Path, ConfigDict]:
+    """The runs in a study's workdir that have a report; the others are named."""
+    folders = sorted(file.parent for file in study.glob("*/config.json"))
+    ready = [folder for folder in folders if (folder / "drift" / "drift.csv").exists()]
+    if not ready:
+        hint = "; it is a run: --run" if (study / "config.json").exists() else ""
+        raise UserError(f"--study {study}: expected runs with a report in it, found {len(folders)} runs{hint}")
+    if left := [folder.name for folder in folders if folder not in ready]:
+        say(f"without a report, and left out: {', '.join(left)}")
+    return {folder: run_config(folder) for folder in ready}
+
+
+def write(audited: Audit, workdir: Path, run: Path | None) -> None:
+    """Writes WORKDIR/audit, and says what is in it; beside the drift of the run, where there is one."""
     for note in audited.notes:
         say(note)
-    drift = pd.read_csv(drift_file) if drift_file else None
+    drift = pd.read_csv(run / "drift" / "drift.csv") if run else None
     against = gaps.against_drift(audited.values, audited.gaps, drift) if drift is not None else None
     tables = {"hits.parquet": audited.hits, "values.csv": audited.values, "gaps.csv": audited.gaps}
     tables["found.csv"] = audited.found
@@ -341,7 +392,7 @@ def audit_path(
     spec = {k: v for k, v in config.data.to_dict().items() if k not in ("parts", "order")} | {"path": path}
     kinds = [flags.kind] if flags.kind else ["preference", "unpaired", "sft"]
     kind, [(examples, counts)] = load_examples([spec], kinds, config.seed)
-    name = Path(path).name
+    name = STAGE if flags.run else Path(path).name  # as the drift of vdjax.probe has it
     about = {"data": name, "max_per_topic": flags.max_per_topic, "seed": config.seed}
     made = audit(examples, kind, probes, judge, **about, turns=config.data.assistant_turns)
     return made._replace(notes=(*made.notes, *counts.lines()))
