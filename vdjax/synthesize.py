@@ -148,7 +148,7 @@ def main() -> None:
             generator = local_generator(open_model(flags.generator, "auto", mesh_flags), sampling)
         judge = open_judge("judge", configs.judge("local", path=flags.judge, template=flags.template), mesh, cache)
         chosen = synthetic.Settings(flags.attempts, flags.max_ratio, flags.seed)
-        keep = flags.out.with_name(f"{flags.out.name}.written.json")
+        keep = flags.out.with_name(f"{flags.out.name}.written.jsonl")
         pairs, counts = synthetic.synthesize(tasks, generator, judge, template, chosen, keep)
     if jax.process_index():
         return
