@@ -20,7 +20,7 @@ from vdjax.drift import gaps
 from vdjax.errors import UserError
 from vdjax.judges import LABELS, Exchange, Judge, Verdicts
 from vdjax.probes import sets
-from vdjax.values import measures, output
+from vdjax.values import learned, measures, output
 
 PROBES = sets.load("builtin")
 WORDS = {"yes": 0, "maybe": 1, "no": 2, "sorry": 3, "banana": 4}
@@ -328,7 +328,7 @@ def test_the_audited_examples_are_those_trained_on(files: Path) -> None:
     config.dpo.data.parts, config.dpo.data.max_examples = ({**part, "count": 3}, {**part, "skip_examples": 4}), 6
 
     def trained(config: Any) -> list[str]:
-        kind, examples, notes = audit.stage_examples(config, "dpo", files / "run")
+        kind, examples, notes = learned.stage_examples(config, "dpo", files / "run")
         assert kind == "preference" and not notes
         return [example.id for example in examples]
 
@@ -343,7 +343,7 @@ def test_the_audited_examples_are_those_trained_on(files: Path) -> None:
     assert len(trained(config)) == 3 and set(trained(config)) < set(mixed[:4])
     (files / "run" / "dpo").mkdir()
     (files / "run" / "dpo" / "done.json").write_text('{"data_counts": {"rows": 5}}')
-    assert "changed since" in audit.stage_examples(config, "dpo", files / "run")[2][0]
+    assert "changed since" in learned.stage_examples(config, "dpo", files / "run")[2][0]
 
 
 def test_the_command(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -12,7 +12,7 @@ were trained on against their drift. --study does what --run does for every run 
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,7 @@ from ml_collections import ConfigDict
 from vdjax import config as configs
 from vdjax import runtime
 from vdjax.cli import run_cli
-from vdjax.data import mixture, pipeline, sources
-from vdjax.data.examples import Counts, Example
+from vdjax.data.examples import Example
 from vdjax.drift import gaps
 from vdjax.drift.scores import POOLED
 from vdjax.errors import UserError
@@ -32,9 +31,9 @@ from vdjax.judges import LABELS, Exchange, Judge
 from vdjax.probe import STAGE
 from vdjax.probes import sets
 from vdjax.progress import say
-from vdjax.setup import reading
 from vdjax.train.plan import data_kind
 from vdjax.values import output, retrieval
+from vdjax.values.learned import answers, load_examples, stage_examples
 from vdjax.values.measures import GAP_COLUMNS, QUANTITIES, SIDES, paired_gap, unpaired_gap, values_of
 
 FOUND_COLUMNS = ("data", "topic", "looked_at", *retrieval.ROUTES)
@@ -96,8 +95,9 @@ def audit(
         about = {"data": data, "index": number, "id": example.id, "answer": match.example, "topic": match.topic}
         about |= {"route": match.route, "proposition": match.proposition, "score": match.score}
         about |= {"prompt": match.question}
-        sides = SIDES[kind] if kind != "unpaired" else ("desirable",) if example.label > 0 else ("undesirable",)
-        rows += [about | {"side": s, "response": r} for s, r in zip(sides, example.responses, strict=True)]
+        one = SIDES[kind][:1] if example.label > 0 else SIDES[kind][1:]  # of a response alone
+        own = one if kind == "unpaired" else SIDES[kind]
+        rows += [about | {"side": s, "response": r} for s, r in zip(own, example.responses, strict=True)]
     verdicts = judge.judge([Exchange(r["proposition"], r["prompt"], r["response"]) for r in rows], 0) if rows else None
     names = ("data", "index", "id", "answer", "topic", "route", "proposition", "score", "side", "prompt", "response")
     hits = pd.DataFrame(rows, columns=list(names))
@@ -135,94 +135,13 @@ def audit(
     )
 
 
-def answers(examples: Iterable[Example], numbers: list[int]) -> Iterator[Example]:
-    """Each answer of each conversation as an example of its own, with what came before it as prompt.
-
-    Appends the number of the conversation of each to `numbers` as it goes, as examples are read one at a time.
-    """
-    for number, example in enumerate(examples):
-        if not isinstance(example.prompt, str):
-            for i, message in enumerate(example.prompt):
-                if message["role"] == "assistant":
-                    numbers.append(number)
-                    yield example._replace(prompt=example.prompt[:i], responses=(message["content"],))
-        numbers.append(number)
-        yield example
-
-
 def joined(audits: Sequence[Audit]) -> Audit:
     def table(name: str) -> pd.DataFrame:
         parts = [getattr(a, name) for a in audits]
         return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
 
-    tables = [table(name) for name in ("hits", "values", "gaps", "found")]
-    return Audit(*tables, tuple(note for a in audits for note in a.notes))
-
-
-def load_examples(
-    specs: Sequence[dict[str, Any]], kinds: Sequence[str], seed: int
-) -> tuple[str, list[tuple[Iterable[Example], Counts]]]:
-    """Examples of the first of `kinds` that all data sets can give; UserError of the first where there is none."""
-    errors = []
-    for kind in kinds:
-        counts = [Counts() for _ in specs]
-        try:
-            loaded = [sources.load(s | {"kind": kind}, seed=seed, counts=c) for s, c in zip(specs, counts, strict=True)]
-            return kind, list(zip(loaded, counts, strict=True))
-        except UserError as error:
-            errors.append(error)
-    raise errors[0]
-
-
-def stage_examples(config: ConfigDict, name: str, workdir: Path) -> tuple[str, Iterator[Example], list[str]]:
-    """What a stage of a run was trained on, with its texts whole, and notes on it.
-
-    Those examples that could be rendered (found in WORKDIR/data, or rendered again), without the held-out ones and, of
-    a stage that ended within its first epoch, without those that it did not come to.
-
-    Raises:
-      UserError: data without responses, or those of a stage that learns from the policy's own.
-    """
-    stage = config[name]
-    needed = data_kind(stage.objective)
-    if needed in ("text", "prompt"):
-        raise UserError(f"the objective {stage.objective} learns from no stated answers")
-    # Pairs say more than their responses one by one, also where the objective takes these.
-    kinds = ["preference", "unpaired"] if needed == "unpaired" else [needed]
-    kind, loaded = load_examples(pipeline.specs(stage, needed), kinds, config.seed)
-    tokenizer, template, _ = reading(config)
-    data = pipeline.build(stage, needed, tokenizer, template, workdir / "data", seed=config.seed)
-    done, notes = workdir / name / "done.json", []
-    if done.exists() and json.loads(done.read_text())["data_counts"] != data.counts:
-        notes.append(f"{name}: the data changed since it was trained; audited is what they are now")
-    ids = trained_ids(stage, data, config.seed)
-    if (needed, kind) == ("unpaired", "preference"):
-        ids = {id.removesuffix(":chosen").removesuffix(":rejected") for id in ids}
-    return kind, _chosen([examples for examples, _ in loaded], bool(stage.data.get("parts")), ids), notes
-
-
-def trained_ids(stage: ConfigDict, data: pipeline.Dataset, seed: int) -> set[str]:
-    """Ids of the examples that a stage's steps went through (see `train.plan.plan_stage`)."""
-    train = pipeline.take(data, 0, len(data) - stage.eval_examples)
-    parts = mixture.part_numbers(train.ids) if stage.data.get("order") == "parts" else None
-    steps = pipeline.order(len(train), stage.batch_size, stage.epochs, seed, parts)
-    if not stage.max_steps or stage.max_steps * stage.batch_size >= len(train):
-        return set(train.ids)
-    return {train.ids[i] for step in range(stage.max_steps) for i in steps[step]}
-
-
-def _chosen(parts: Sequence[Iterable[Example]], labelled: bool, ids: set[str]) -> Iterator[Example]:
-    """The examples with these ids, which say the part in a mixture; what comes after the last of them is not read."""
-    left = set(ids)
-    for number, examples in enumerate(parts):
-        mine = {id for id in left if not labelled or id.startswith(mixture.label(number, ""))}
-        for example in examples if mine else ():
-            id = mixture.label(number, example.id) if labelled else example.id
-            if id in mine:
-                yield example._replace(id=id)
-                mine.remove(id)
-            if not mine:
-                break
+    notes = tuple(note for a in audits for note in a.notes)
+    return Audit(table("hits"), table("values"), table("gaps"), table("found"), notes)
 
 
 def rewarded(config: ConfigDict, made: Audit) -> Audit:
@@ -284,8 +203,8 @@ def main() -> None:
     parser.add_argument("--max_per_topic", type=int, default=0, help="answers judged of each topic; default: all")
     parser.add_argument("--workdir", type=Path, help="default: the run's")
     flags, overrides = parser.parse_known_args()
-    runs = check_flags(flags)
-    config = next(iter(runs.values()), None) or configs.experiment()
+    targets = check_flags(flags)
+    config = targets[0].config
     if flags.data:
         config.data = configs.stage("sft").data
         config.data.source = flags.source
@@ -299,7 +218,7 @@ def main() -> None:
     from vdjax.judges.open import open_judge
     from vdjax.measure import remembering
 
-    calls = (flags.study or flags.workdir or flags.run) / "judgements" / "calls"
+    calls = (flags.study or targets[0].workdir) / "judgements" / "calls"
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     with jax.set_mesh(mesh):
         if flags.judge in config.get("judges", {}):
@@ -310,20 +229,28 @@ def main() -> None:
             )
         # The runs of a study share their data but for the seed: each response is judged once.
         judge = remembering(open_judge(Path(flags.judge).name, fields, mesh, calls))
-        for run, own in (runs or {None: config}).items():
+        for workdir, run, own in targets:
             if flags.study:
                 say(f"{run}:")
-            if flags.data:
+            if flags.data or not run:
                 paths = [path.strip() for path in flags.data.split(",")]
                 audited = joined([audit_path(path, own, flags, probes, judge) for path in paths])
             else:
                 audited = audit_run(own, run, probes, judge, flags.max_per_topic)
             if jax.process_index() == 0:
-                write(audited, flags.workdir or run, run)
+                write(audited, workdir, run)
 
 
-def check_flags(flags: argparse.Namespace) -> dict[Path, ConfigDict]:
-    """The runs that are audited, with their configs; none where --data stands alone.
+class Target(NamedTuple):
+    """What is audited: data alone, or a run."""
+
+    workdir: Path  # where the tables are written
+    run: Path | None
+    config: ConfigDict
+
+
+def check_flags(flags: argparse.Namespace) -> list[Target]:
+    """What is to be audited, at least one.
 
     Raises:
       UserError: flags that do not go together, or a run without a config or report.
@@ -341,7 +268,7 @@ def check_flags(flags: argparse.Namespace) -> dict[Path, ConfigDict]:
     if flags.study:
         return study_runs(flags.study)
     if not flags.run:
-        return {}
+        return [Target(flags.workdir, None, configs.experiment())]
     config, drift = run_config(flags.run), flags.run / "drift" / "drift.csv"
     if config.stages and flags.data:
         raise UserError(f"--run {flags.run}: its config says what its stages read; --data is for runs of vdjax.probe")
@@ -354,10 +281,10 @@ def check_flags(flags: argparse.Namespace) -> dict[Path, ConfigDict]:
         raise UserError(f"--data {flags.data}: with --run, one file, directory or hub id, to set against the drift")
     if not drift.exists():
         raise UserError(f"{drift}: no such file; the run has no report yet")
-    return {flags.run: config}
+    return [Target(flags.workdir or flags.run, flags.run, config)]
 
 
-def study_runs(study: Path) -> dict[Path, ConfigDict]:
+def study_runs(study: Path) -> list[Target]:
     """The runs in a study's workdir that have a report; the others are named."""
     folders = sorted(file.parent for file in study.glob("*/config.json"))
     ready = [folder for folder in folders if (folder / "drift" / "drift.csv").exists()]
@@ -366,7 +293,7 @@ def study_runs(study: Path) -> dict[Path, ConfigDict]:
         raise UserError(f"--study {study}: expected runs with a report in it, found {len(folders)} runs{hint}")
     if left := [folder.name for folder in folders if folder not in ready]:
         say(f"without a report, and left out: {', '.join(left)}")
-    return {folder: run_config(folder) for folder in ready}
+    return [Target(folder, folder, run_config(folder)) for folder in ready]
 
 
 def write(audited: Audit, workdir: Path, run: Path | None) -> None:

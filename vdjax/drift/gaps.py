@@ -123,7 +123,7 @@ def figure(against: pd.DataFrame, found: dict[str, Any]) -> bytes:
                 other = part["gap" if vertical else "drift"]
                 lines(other, part[low].fillna(part[value]), part[high].fillna(part[value]), color="0.7", linewidth=0.8)
             label = plain(f"{stage}: {part['side'].iloc[0]}", 48)
-            style = {"color": edge, "markerfacecolor": fill, "linestyle": "none", "marker": marker}
+            style: dict[str, Any] = {"color": edge, "markerfacecolor": fill, "linestyle": "none", "marker": marker}
             for certain, size in ((True, 6), (False, 3)):
                 points = part[part["certain"] == certain]
                 axes.plot(points["gap"], points["drift"], **style, markersize=size, alpha=1 if certain else 0.6)
