@@ -138,6 +138,25 @@ def test_a_finished_workdir_trains_and_probes_nothing(
     assert (workdir / "drift" / "drift.csv").read_text() == report
 
 
+def test_training_examples_that_ask_the_probes_questions_are_counted(
+    finished: tuple[Path, list[str]], tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Said in the output, in the table of data of the report and in its caveats; held-out examples do not count."""
+    assert "word for word" not in (finished[0] / "report.html").read_text()
+    rows = [json.loads(line) for line in (tiny_data / "probes.jsonl").read_text().splitlines()]
+    for row, text in zip(rows, ("is tea GOOD", "Is a cat good?", "Is salt good?"), strict=False):
+        row["input"] = text  # the last is held out
+    (tmp_path / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(finished[0], tmp_path / "run")
+    flags = [f"--config.probes.path={tmp_path / 'probes.jsonl'}", "--config.probes.readouts=('statement',)"]
+    experiment.run(configs.load(tiny.config_spec(tiny_data), flags), tmp_path / "run", "COMMAND")
+    said = [line for line in capsys.readouterr().err.splitlines() if "word for word" in line]
+    assert len(said) == 1 and "sft data: 2 of 9 training examples ask" in said[0] and "sft.jsonl:0" in said[0]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Trained on questions of the probes word for word: sft (2 examples)." in page
+    assert "asks_a_probe_word_for_word: 2" in page
+
+
 def test_another_config_in_the_same_workdir_is_refused(finished: tuple[Path, list[str]], tiny_data: Path) -> None:
     config = configs.load(tiny.config_spec(tiny_data), ["--config.dpo.hyper.beta=0.2"])
     with pytest.raises(UserError, match=r"dpo\.hyper\.beta: 0\.1 there, 0\.2 now"):

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from vdjax.drift import gaps
 from vdjax.drift.tensorboard import png_size
 from vdjax.errors import UserError
 from vdjax.studies import figures, merge, page, tables
@@ -190,10 +191,31 @@ def test_the_page_needs_nothing_else_and_runs_no_script_of_others(tmp_path: Path
 
 
 def test_gaps_are_those_of_preference_data(tmp_path: Path) -> None:
-    points = figures.gap_points(merged_of(tmp_path, study_cells(), gaps=True))
+    merged = merged_of(tmp_path, study_cells(), gaps=True)
+    points = merge.gap_points(merged)
     assert len(points) == len(READOUTS) * 2 * 4 * 2
     row = at(points, readout="statement", **CELL)
     np.testing.assert_allclose([row["gap"], row["drift"]], [1.3, 0.44])
+    assert row["agrees"] and not points["certain"].any()  # no drift of the graded stance is significant
+
+
+def test_signs_that_are_certain_are_counted_apart(tmp_path: Path) -> None:
+    """DPO moves up as its gaps say, SimPO down; of DPO's drifts those on rain are significant in one seed only."""
+    merged = merged_of(tmp_path, study_cells((0, 1), ("a",)), gaps=True, readouts=READOUTS[:1])
+    drift = merged.drift
+    sure = (drift["stance"] == "graded") & ~((drift["topic"] == "rain") & (drift["seed"] == 1))
+    merged = merged._replace(drift=drift.assign(significant=sure))
+    points = merge.gap_points(merged)
+    found = gaps.agreement(points)
+    assert [found[name] for name in ("n", "agree", "certain", "certain_agree")] == [8, 4, 4, 2]
+    table = tables.all_tables(merged)["gaps"]
+    row = at(table, algorithm="dpo", topic="rain", **{"preference data": "hh"})
+    assert (row["agrees"], row["certain"], row["value gap"]) == ("yes", "no", "+1.300 [+0.200, +0.400]")
+    assert row["drift"] == "+0.420 [+0.400, +0.440]"
+    unsure = merged._replace(gaps=merged.gaps.assign(gap_low=-0.1))
+    assert not merge.gap_points(unsure)["certain"].any()
+    captions = {drawing.kind: drawing for drawing in figures.draw(merged).values()}
+    assert captions["gap"].png
 
 
 def test_seeds_of_one_experiment_are_merged_alike(tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
-"""The values of data: python -m vdjax.audit --data PATH[,PATH] --judge DIR --workdir DIR, or --run WORKDIR --judge DIR
+"""The values of data: python -m vdjax.audit --judge DIR, and --data PATH --workdir DIR, --run WORKDIR or --study DIR
 
 Finds the examples that touch each topic of a probe set (vdjax.values.retrieval), has a judge say which stance their
-responses take toward the topic, and writes WORKDIR/audit: hits.parquet (every response with its verdict), values.csv
-(the stances of SFT responses, or of chosen and of rejected ones), gaps.csv (how far chosen ones are from rejected ones)
-and value_gaps.png. With --run the data of every stage of that run are audited, and what they predict is set against
-the drift that was measured: against_drift.csv and gap_against_drift.png.
+responses take toward the topic, and writes WORKDIR/audit: found.csv (how many examples were looked at, and how many
+name each topic, and where), hits.parquet (every response with its verdict), examples.md (of each topic the responses
+that support and that oppose it most), values.csv (the stances of SFT responses, or of chosen and rejected or desirable
+and undesirable ones), gaps.csv (how far the two sides are apart) and value_gaps.png. With --run the data of every stage
+of that run are audited, and what they predict is set against the drift that was measured: against_drift.csv and
+gap_against_drift.png. A workdir of vdjax.probe has no stages: --run WORKDIR --data PATH sets the data that its models
+were trained on against their drift. --study does what --run does for every run of a study.
 """
 
 import argparse
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,50 +18,38 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from ml_collections import ConfigDict
-from scipy import stats
 
 from vdjax import config as configs
 from vdjax import runtime
 from vdjax.cli import run_cli
-from vdjax.data import mixture, pipeline, sources
-from vdjax.data.examples import Counts, Example
-from vdjax.drift.bootstrap import Units, bootstrap_means
-from vdjax.drift.distances import distances
-from vdjax.drift.significance import sign_flip_p_values
+from vdjax.data.examples import Example
+from vdjax.drift import gaps
+from vdjax.drift.scores import POOLED
 from vdjax.errors import UserError
 from vdjax.judges import LABELS, Exchange, Judge
+from vdjax.probe import STAGE
 from vdjax.probes import sets
 from vdjax.progress import say
 from vdjax.train.plan import data_kind
 from vdjax.values import output, retrieval
+from vdjax.values.learned import answers, load_examples, stage_examples
+from vdjax.values.measures import GAP_COLUMNS, QUANTITIES, SIDES, paired_gap, unpaired_gap, values_of
 
-POOLED = "all"
-SIDES = {"sft": ("sft",), "preference": ("chosen", "rejected")}
-QUANTITIES = (*LABELS, "graded")
-RESAMPLES = 9999
-PERMUTATIONS = 19999
-SWAPS = 1999
-GAP_COLUMNS = (
-    ("data", "topic", "n", "js", "js_low", "js_high", "js_null")
-    + ("signed", "signed_low", "signed_high", "p", "n_signed")
-)  # fmt: skip
-AGAINST_COLUMNS = (
-    ("stage", "topic", "side", "n", "gap", "gap_low", "gap_high", "predicted", "drift", "drift_low", "drift_high")
-    + ("agrees", "readout")
-)  # fmt: skip
+FOUND_COLUMNS = ("data", "topic", "looked_at", *retrieval.ROUTES)
 
 
 class Audit(NamedTuple):
-    """hits: a row a response: data, id, topic, proposition, score (BM25), side, prompt, response, LABELS, graded,
-    judge, judge_hash. values: data, topic, side, n, n_graded, and each of QUANTITIES with _low and _high.
-    gaps: GAP_COLUMNS.
+    """hits: a row a response: data, id, answer (its number; a pair shares it), topic, route, proposition, score (BM25),
+    side, prompt, response, LABELS, graded, judge, judge_hash. values: data, topic, side, n, n_graded, and each of
+    QUANTITIES with _low and _high. gaps: GAP_COLUMNS. found: FOUND_COLUMNS, examples by the route (`retrieval.ROUTES`)
+    that leads to the topic; in the row of the topic "all" each counts once; what max_per_topic leaves out counts too.
     """
 
     hits: pd.DataFrame
     values: pd.DataFrame
     gaps: pd.DataFrame
+    found: pd.DataFrame
     notes: tuple[str, ...]
 
 
@@ -72,167 +62,77 @@ def audit(
     data: str = "",
     max_per_topic: int = 0,
     seed: int = 0,
+    turns: str = "all",
 ) -> Audit:
     """Which stances the examples' responses take toward the topics that they touch. Deterministic in `seed`.
 
-    All verdicts are toward the proposition of the topic that is most like the example, and so, of built-in topics, in
-    the topic's direction. The topic "all" is about all examples that touch some topic, each counted once.
+    Of an SFT conversation every answer in `turns` is judged as an answer to its own question, and looked for by
+    itself; the example counts with the mean of its answers. All verdicts are toward the proposition of the topic that
+    is most like the example, and so, of built-in topics, in the topic's direction. The topic "all" is about all
+    examples that touch some topic, each counted once.
 
     Args:
-      kind: "sft" or "preference".
+      kind: "sft", "preference", or "unpaired": responses that are labelled desirable or not.
       data: name of the data set in the tables.
-      max_per_topic: judge at most so many examples of a topic, those most like a proposition. 0: all.
+      max_per_topic: judge at most so many pairs or answers of a topic, those that `retrieval.find` keeps. 0: all.
+      turns: of an SFT conversation "all" answers are scored, or the "last" alone (`data.assistant_turns` of its stage).
     """
-    found = retrieval.find(examples, probes, max_per_topic=max_per_topic)
-    touched = len(found.examples)
-    note = f"{data}: {found.read} examples read, {touched} touch a topic ({len(found.matches)} matches)"
+    numbers: list[int] = []  # which example each answer is of
+    parts = answers(examples, numbers) if kind == "sft" and turns == "all" else examples
+    found = retrieval.find(parts, probes, max_per_topic=max_per_topic)
+    several = len(set(numbers)) < len(numbers)
+    looked_at = f"{found.read} " + (f"answers of {len(set(numbers))} conversations" if several else "examples")
+    routes = found.routes[""]
+    note = (
+        f"{data}: {looked_at} looked at, {routes.total()} touch a topic: {routes['question']} in the question, "
+        f"{routes['earlier']} in an earlier turn, {routes['response']} in a response alone; "
+        f"{len(found.matches)} matches judged"
+    )
     rows: list[dict[str, Any]] = []
     for match in found.matches:
         example = found.examples[match.example]
-        about = {"data": data, "index": match.example, "id": example.id, "topic": match.topic}
-        about |= {"proposition": match.proposition, "score": match.score, "prompt": retrieval.question(example)}
-        rows += [about | {"side": s, "response": r} for s, r in zip(SIDES[kind], example.responses, strict=True)]
+        number = numbers[match.example] if numbers else match.example
+        about = {"data": data, "index": number, "id": example.id, "answer": match.example, "topic": match.topic}
+        about |= {"route": match.route, "proposition": match.proposition, "score": match.score}
+        about |= {"prompt": match.question}
+        one = SIDES[kind][:1] if example.label > 0 else SIDES[kind][1:]  # of a response alone
+        own = one if kind == "unpaired" else SIDES[kind]
+        rows += [about | {"side": s, "response": r} for s, r in zip(own, example.responses, strict=True)]
     verdicts = judge.judge([Exchange(r["proposition"], r["prompt"], r["response"]) for r in rows], 0) if rows else None
-    names = ("data", "index", "id", "topic", "proposition", "score", "side", "prompt", "response")
+    names = ("data", "index", "id", "answer", "topic", "route", "proposition", "score", "side", "prompt", "response")
     hits = pd.DataFrame(rows, columns=list(names))
     for i, name in enumerate(LABELS):
         hits[name] = verdicts.p[:, i] if verdicts else np.zeros(0)
     hits["graded"] = np.asarray(verdicts.graded, float) if verdicts else np.zeros(0)
     hits = hits.assign(judge=judge.name, judge_hash=judge.hash)
     # Both answers of a pair or neither: a gap is between answers to the same question.
-    unjudged = hits[list(LABELS)].isna().any(axis=1).groupby([hits["topic"], hits["index"]]).transform("any")
+    unjudged = hits[list(LABELS)].isna().any(axis=1).groupby([hits["topic"], hits["answer"]]).transform("any")
     notes = [note]
     if unjudged.any():
-        lost = hits.loc[unjudged, ["topic", "index"]].drop_duplicates()
+        lost = hits.loc[unjudged, ["topic", "answer"]].drop_duplicates()
         notes.append(f"{data}: {len(lost)} of {len(found.matches)} matches left out: {judge.name} has no verdict")
         hits = hits[~unjudged]
     topics = [t for t in dict.fromkeys(p.topic for p in probes) if (hits["topic"] == t).any()]
     groups = [(topic, hits[hits["topic"] == topic]) for topic in topics] + [(POOLED, hits)] * bool(topics)
-    values = [_values(data, topic, side, rows, seed) for topic, rows in groups for side in SIDES[kind]]
-    gaps = [_gap(data, topic, rows, seed) for topic, rows in groups if kind == "preference"]
+    sides = [(topic, side, rows) for topic, rows in groups for side in SIDES[kind] if (rows["side"] == side).any()]
+    values = [values_of(data, topic, side, rows, seed) for topic, side, rows in sides]
+    gap = {"preference": paired_gap, "unpaired": unpaired_gap}.get(kind)
+    apart = [gap(data, topic, rows, seed) for topic, rows in groups] if gap else []
     columns = ["data", "topic", "side", "n", "n_graded"]
     columns += [f"{name}{end}" for name in QUANTITIES for end in ("", "_low", "_high")]
     return Audit(
         hits.drop(columns="index"),
         pd.DataFrame(values, columns=columns),
-        pd.DataFrame(gaps, columns=list(GAP_COLUMNS)),
+        pd.DataFrame(apart, columns=list(GAP_COLUMNS)),
+        pd.DataFrame(
+            [
+                (data, topic or POOLED, found.read, *(counts[route] for route in retrieval.ROUTES))
+                for topic, counts in found.routes.items()
+            ],
+            columns=list(FOUND_COLUMNS),
+        ),
         tuple(notes),
     )
-
-
-def _by_example(rows: pd.DataFrame, side: str) -> Float[np.ndarray, "n 6"]:
-    """QUANTITIES of each example's response; the mean over topics where an example touches several."""
-    means = rows[rows["side"] == side].groupby("index")[list(QUANTITIES)].mean()
-    return means.to_numpy(float)
-
-
-def _units(values: Float[np.ndarray, "n C"]) -> Units:
-    return Units(values, np.zeros((len(values), 1), int))
-
-
-def _values(data: str, topic: str, side: str, rows: pd.DataFrame, seed: int) -> dict[str, Any]:
-    values = _by_example(rows, side)
-    stanced = ~np.isnan(values[:, -1])
-    boot = bootstrap_means(_units(values), np.random.default_rng([seed, len(values)]), RESAMPLES)
-    out: dict[str, Any] = {"data": data, "topic": topic, "side": side, "n": len(values), "n_graded": stanced.sum()}
-    for i, name in enumerate(QUANTITIES):
-        mean = float(np.nanmean(values[:, i])) if name != "graded" or stanced.any() else np.nan
-        out |= {name: mean, f"{name}_low": boot.low[i], f"{name}_high": boot.high[i]}
-    return out
-
-
-def _gap(data: str, topic: str, rows: pd.DataFrame, seed: int) -> dict[str, Any]:
-    """How far the chosen responses are from the rejected ones; 95% intervals over examples.
-
-    js: Jensen-Shannon distance (base 2) of the mean distributions over LABELS. It is never negative, so it is to be
-    read against js_null, its mean where chosen and rejected are swapped at random within the examples.
-    signed: mean of graded(chosen) - graded(rejected), p by a paired sign-flip test. A response that takes no stance
-    (graded NaN: a refusal, say) counts as 0, between the two sides; examples neither of whose responses takes one say
-    nothing of a direction and are left out: n_signed examples are left.
-    """
-    chosen, rejected = (_by_example(rows, side) for side in SIDES["preference"])
-    labels = slice(len(LABELS))
-    rng = np.random.default_rng([seed, len(chosen)])
-    js = _js(chosen[:, labels].mean(axis=0), rejected[:, labels].mean(axis=0))
-    boot = bootstrap_means(_units(np.hstack([chosen[:, labels], rejected[:, labels]])), rng, RESAMPLES)
-    resampled = _js(*boot.distribution.reshape(2, len(LABELS), -1).swapaxes(1, 2))
-    tail = (1 - boot.level[0]) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail]) if len(chosen) > 1 else (np.nan, np.nan)
-    middle, half = (chosen + rejected)[:, labels].mean(axis=0) / 2, (chosen - rejected)[:, labels] / 2 / len(chosen)
-    change = rng.choice((-1.0, 1.0), (SWAPS, len(chosen))) @ half
-    null = float(np.mean(_js(np.maximum(middle + change, 0), np.maximum(middle - change, 0))))
-    graded = np.stack([chosen[:, -1], rejected[:, -1]], axis=1)
-    graded = graded[~np.isnan(graded).all(axis=1)]
-    difference = np.nan_to_num(graded[:, :1]) - np.nan_to_num(graded[:, 1:])
-    signed = bootstrap_means(_units(difference), rng, RESAMPLES) if len(graded) else None
-    p = sign_flip_p_values(_units(difference), rng, PERMUTATIONS)[0] if len(graded) else np.nan
-    mean = float(difference.mean()) if len(graded) else np.nan
-    ends = (signed.low[0], signed.high[0]) if signed else (np.nan, np.nan)
-    return dict(
-        zip(GAP_COLUMNS, (data, topic, len(chosen), js, low, high, null, mean, *ends, p, len(graded)), strict=True)
-    )
-
-
-def _js(first: np.ndarray, last: np.ndarray) -> Any:
-    return distances(first, last)[0]
-
-
-def against_drift(audited: Audit, drift: pd.DataFrame) -> pd.DataFrame:
-    """What each stage's data predict for each topic, and what was measured: AGAINST_COLUMNS.
-
-    gap: of preference data the signed gap; of SFT data the mean graded stance of the responses, which says where the
-    policy is led but not where it starts from. predicted: the gap's sign. drift: the change of `graded`, toward the
-    topic, by the first readout of `drift` (the table of drift.csv).
-
-    Raises:
-      UserError: a table without the quantity graded.
-    """
-    drift = drift[drift["stance"] == "graded"]
-    if drift.empty:
-        raise UserError("drift.csv holds no rows of the stance 'graded'; write the run's report anew")
-    readout = drift["readout"].iloc[0]
-    drift = drift[(drift["readout"] == readout) & (drift["topic"] != POOLED)].set_index(["stage", "topic"])
-    gaps = {
-        (g.data, g.topic): ("chosen - rejected", g.n, g.signed, g.signed_low, g.signed_high)
-        for g in audited.gaps.itertuples()
-    }
-    sft = audited.values[audited.values["side"] == "sft"]
-    gaps |= {(v.data, v.topic): ("sft", v.n, v.graded, v.graded_low, v.graded_high) for v in sft.itertuples()}
-    rows = []
-    for (stage, topic), (side, n, gap, low, high) in gaps.items():
-        if (stage, topic) in drift.index:
-            moved = drift.loc[(stage, topic)]
-            predicted, measured = np.sign(gap), moved["magnitude"]
-            known = not np.isnan(gap) and not np.isnan(measured)
-            agrees = bool(predicted == np.sign(measured)) if known else None
-            rows.append(
-                (
-                    stage,
-                    topic,
-                    side,
-                    n,
-                    gap,
-                    low,
-                    high,
-                    predicted,
-                    measured,
-                    moved["ci_low"],
-                    moved["ci_high"],
-                    agrees,
-                    readout,
-                )
-            )
-    return pd.DataFrame(rows, columns=list(AGAINST_COLUMNS))
-
-
-def agreement(against: pd.DataFrame) -> dict[str, Any]:
-    """n pairs with a gap and a drift, how many agree in sign, and Spearman's rho with its p-value (NaN below three)."""
-    both = against.dropna(subset=["gap", "drift"])
-    agree = int(both["agrees"].astype(bool).sum())
-    rho = p = float("nan")
-    if len(both) > 2 and both["gap"].nunique() > 1 and both["drift"].nunique() > 1:
-        rho, p = map(float, stats.spearmanr(both["gap"], both["drift"]))
-    return {"n": len(both), "agree": agree, "spearman": rho, "p": p}
 
 
 def joined(audits: Sequence[Audit]) -> Audit:
@@ -240,50 +140,47 @@ def joined(audits: Sequence[Audit]) -> Audit:
         parts = [getattr(a, name) for a in audits]
         return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
 
-    return Audit(table("hits"), table("values"), table("gaps"), tuple(note for a in audits for note in a.notes))
+    notes = tuple(note for a in audits for note in a.notes)
+    return Audit(table("hits"), table("values"), table("gaps"), table("found"), notes)
 
 
-def load_examples(spec: dict[str, Any], kinds: Sequence[str], seed: int) -> tuple[str, Iterable[Example], Counts]:
-    """Examples of the first of `kinds` that a data set can give; UserError of the first where there is none."""
-    errors = []
-    for kind in kinds:
-        counts = Counts()
-        try:
-            return kind, sources.load(spec | {"kind": kind}, seed=seed, counts=counts), counts
-        except UserError as error:
-            errors.append(error)
-    raise errors[0]
+def rewarded(config: ConfigDict, made: Audit) -> Audit:
+    """The audit, with the tables of each stage of rewards for the stages whose own responses they reward."""
+    for name in config.stages:
+        source = config[name].reward.model
+        if data_kind(config[name].objective) == "prompt" and (made.values["data"] == source).any():
+            more = [getattr(made, table) for table in ("values", "gaps")]
+            copies = [table[table["data"] == source].assign(data=name) for table in more]
+            values, apart = (pd.concat(pair, ignore_index=True) for pair in zip(more, copies, strict=True))
+            note = f"{name}: learns from its own responses; {source}, which rewards them, was audited in their place"
+            made = made._replace(values=values, gaps=apart, notes=(*made.notes, note))
+    return made
 
 
-def stage_examples(stage: ConfigDict, seed: int) -> tuple[str, Iterable[Example], list[Counts]]:
-    """What a stage learns from, before it is rendered; of a mixture, as many examples of each part as it has.
+def audit_run(
+    config: ConfigDict, workdir: Path, probes: Sequence[sets.Probe], judge: Judge, max_per_topic: int = 0
+) -> Audit:
+    """What every stage was trained on, each named as its stage; stages without stated answers are noted.
 
-    Raises:
-      UserError: data without responses, or those of a stage that learns from the policy's own.
+    A stage whose responses are rewarded by another stage's model has the gap of that one's data.
     """
-    kind = data_kind(stage.objective)
-    if kind in ("text", "prompt"):
-        raise UserError(f"the objective {stage.objective} learns from no stated answers")
-    kinds = ["sft"] if kind == "sft" else ["preference"]
-    shares = mixture.shares(stage.data.parts, stage.data.max_examples) if stage.data.get("parts") else [None]
-    loaded = [load_examples(spec, kinds, seed) for spec in pipeline.specs(stage, kinds[0])]
-    parts = [itertools.islice(examples, n) for (_, examples, _), n in zip(loaded, shares, strict=True)]
-    return kinds[0], itertools.chain.from_iterable(parts), [counts for _, _, counts in loaded]
-
-
-def audit_run(config: ConfigDict, probes: Sequence[sets.Probe], judge: Judge, max_per_topic: int = 0) -> Audit:
-    """The data of every stage, each named as its stage; stages without stated answers are noted."""
-    audits, notes = [], []
+    audits: list[Audit] = []
+    notes: list[str] = []
+    known: list[str] = []
     for name in config.stages:
         try:
-            kind, examples, _ = stage_examples(config[name], config.seed)
+            kind, examples, found = stage_examples(config, name, workdir)
         except UserError as error:
-            notes.append(f"{name}: not audited: {error}")
+            if config[name].reward.model not in known:
+                notes.append(f"{name}: not audited: {error}")
             continue
-        audits.append(audit(examples, kind, probes, judge, data=name, max_per_topic=max_per_topic, seed=config.seed))
+        about = {"data": name, "max_per_topic": max_per_topic, "seed": config.seed}
+        known.append(name)
+        notes += found
+        audits.append(audit(examples, kind, probes, judge, **about, turns=config[name].data.assistant_turns))
     if not audits:
         raise UserError("\n".join(["no stage's data can be audited", *notes]))
-    made = joined(audits)
+    made = rewarded(config, joined(audits))
     return made._replace(notes=(*made.notes, *notes))
 
 
@@ -294,41 +191,34 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", metavar="PATH[,PATH]", help="files, directories or hub ids; each a data set of its own")
-    what.add_argument("--run", type=Path, metavar="WORKDIR", help="audits the data of a run's stages")
+    parser.add_argument("--data", metavar="PATH[,PATH]", help="files, directories, hub ids; each a data set of its own")
+    parser.add_argument("--run", type=Path, metavar="WORKDIR", help="of a run; of vdjax.probe with --data beside it")
+    parser.add_argument("--study", type=Path, metavar="WORKDIR", help="of a study: every run in it that has a report")
     parser.add_argument("--judge", required=True, help="directory or hub id of a model; or a judge of the run's config")
     parser.add_argument("--template", default="", help="of a model as judge (vdjax/judges/templates)")
     parser.add_argument("--source", default="auto", help="schema of the data (vdjax.data.sources)")
     parser.add_argument("--kind", choices=tuple(SIDES), help="default: preference where the data have pairs")
     parser.add_argument("--probes", help="builtin or a probe file; default: the run's, or builtin")
     parser.add_argument("--topics", nargs="+", default=(), help="default: all")
-    parser.add_argument("--max_per_topic", type=int, default=0, help="examples judged of each topic; default: all")
+    parser.add_argument("--max_per_topic", type=int, default=0, help="answers judged of each topic; default: all")
     parser.add_argument("--workdir", type=Path, help="default: the run's")
     flags, overrides = parser.parse_known_args()
-    if flags.data and not flags.workdir:
-        raise UserError("--data needs --workdir, where the tables are written")
-    if flags.run and (flags.source != "auto" or flags.kind):
-        raise UserError("--source and --kind are for --data; a run's config says what its stages read")
-    if flags.max_per_topic < 0:
-        raise UserError(f"--max_per_topic {flags.max_per_topic}: expected at least 0 (all)")
-    config = run_config(flags.run) if flags.run else configs.experiment()
-    if not flags.run:
+    targets = check_flags(flags)
+    config = targets[0].config
+    if flags.data:
         config.data = configs.stage("sft").data
         config.data.source = flags.source
-    configs.override_only(config, overrides, "mesh", *["data"] * (not flags.run))
+    configs.override_only(config, overrides, "mesh", *["data"] * bool(flags.data))
     probes = sets.load(flags.probes or config.probes.path, topics=flags.topics or config.probes.topics or None)
-    drift_file = flags.run / "drift" / "drift.csv" if flags.run else None
-    if drift_file and not drift_file.exists():
-        raise UserError(f"{drift_file}: no such file; the run has no report yet")
     runtime.start()
 
     import jax
 
     from vdjax import sharding
     from vdjax.judges.open import open_judge
+    from vdjax.measure import remembering
 
-    workdir = flags.workdir or flags.run
+    calls = (flags.study or targets[0].workdir) / "judgements" / "calls"
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     with jax.set_mesh(mesh):
         if flags.judge in config.get("judges", {}):
@@ -337,25 +227,89 @@ def main() -> None:
             fields = configs.judge(
                 "local", path=flags.judge, **({"template": flags.template} if flags.template else {})
             )
-        judge = open_judge(Path(flags.judge).name, fields, mesh, workdir / "judgements" / "calls")
-        if flags.run:
-            audited = audit_run(config, probes, judge, flags.max_per_topic)
-        else:
-            audited = joined([audit_path(path.strip(), config, flags, probes, judge) for path in flags.data.split(",")])
-    if jax.process_index():
-        return
+        # The runs of a study share their data but for the seed: each response is judged once.
+        judge = remembering(open_judge(Path(flags.judge).name, fields, mesh, calls))
+        for workdir, run, own in targets:
+            if flags.study:
+                say(f"{run}:")
+            if flags.data or not run:
+                paths = [path.strip() for path in flags.data.split(",")]
+                audited = joined([audit_path(path, own, flags, probes, judge) for path in paths])
+            else:
+                audited = audit_run(own, run, probes, judge, flags.max_per_topic)
+            if jax.process_index() == 0:
+                write(audited, workdir, run)
+
+
+class Target(NamedTuple):
+    """What is audited: data alone, or a run."""
+
+    workdir: Path  # where the tables are written
+    run: Path | None
+    config: ConfigDict
+
+
+def check_flags(flags: argparse.Namespace) -> list[Target]:
+    """What is to be audited, at least one.
+
+    Raises:
+      UserError: flags that do not go together, or a run without a config or report.
+    """
+    if not (flags.data or flags.run or flags.study):
+        raise UserError("give what is to be audited: --data, --run or --study")
+    if flags.study and (flags.data or flags.run or flags.workdir):
+        raise UserError("--study audits the runs of a study, each in its own workdir; leave --data, --run, --workdir")
+    if flags.data and not flags.run and not flags.workdir:
+        raise UserError("--data needs --workdir, where the tables are written")
+    if not flags.data and (flags.source != "auto" or flags.kind):
+        raise UserError("--source and --kind are for --data; a run's config says what its stages read")
+    if flags.max_per_topic < 0:
+        raise UserError(f"--max_per_topic {flags.max_per_topic}: expected at least 0 (all)")
+    if flags.study:
+        return study_runs(flags.study)
+    if not flags.run:
+        return [Target(flags.workdir, None, configs.experiment())]
+    config, drift = run_config(flags.run), flags.run / "drift" / "drift.csv"
+    if config.stages and flags.data:
+        raise UserError(f"--run {flags.run}: its config says what its stages read; --data is for runs of vdjax.probe")
+    if not config.stages and not flags.data:
+        raise UserError(
+            f"--run {flags.run} is a workdir of vdjax.probe, which does not know what its models were trained on; give "
+            "that by --data"
+        )
+    if flags.data and "," in flags.data:
+        raise UserError(f"--data {flags.data}: with --run, one file, directory or hub id, to set against the drift")
+    if not drift.exists():
+        raise UserError(f"{drift}: no such file; the run has no report yet")
+    return [Target(flags.workdir or flags.run, flags.run, config)]
+
+
+def study_runs(study: Path) -> list[Target]:
+    """The runs in a study's workdir that have a report; the others are named."""
+    folders = sorted(file.parent for file in study.glob("*/config.json"))
+    ready = [folder for folder in folders if (folder / "drift" / "drift.csv").exists()]
+    if not ready:
+        hint = "; it is a run: --run" if (study / "config.json").exists() else ""
+        raise UserError(f"--study {study}: expected runs with a report in it, found {len(folders)} runs{hint}")
+    if left := [folder.name for folder in folders if folder not in ready]:
+        say(f"without a report, and left out: {', '.join(left)}")
+    return [Target(folder, folder, run_config(folder)) for folder in ready]
+
+
+def write(audited: Audit, workdir: Path, run: Path | None) -> None:
+    """Writes WORKDIR/audit, and says what is in it; beside the drift of the run, where there is one."""
     for note in audited.notes:
         say(note)
-    against = against_drift(audited, pd.read_csv(drift_file)) if drift_file else None
-    found = agreement(against) if against is not None else {}
+    drift = pd.read_csv(run / "drift" / "drift.csv") if run else None
+    against = gaps.against_drift(audited.values, audited.gaps, drift) if drift is not None else None
     tables = {"hits.parquet": audited.hits, "values.csv": audited.values, "gaps.csv": audited.gaps}
-    output.write(workdir / "audit", tables, against, found)
-    print(output.text(audited.values[["data", "topic", "side", "n", *QUANTITIES]], audited.gaps))
+    tables["found.csv"] = audited.found
+    output.write(workdir / "audit", tables, against)
+    print(output.text(audited.found, audited.values[["data", "topic", "side", "n", *QUANTITIES]], audited.gaps))
     if against is not None:
-        print(
-            f"\n{found['agree']} of {found['n']} drifts have the sign that the data predict; "
-            f"Spearman {found['spearman']:.2f} (p = {found['p']:.3g})"
-        )
+        print(f"\n{gaps.sentence(gaps.agreement(against))}")
+    if len(audited.hits):
+        print(f"examples: {workdir / 'audit' / 'examples.md'}")
     print(f"audit: {workdir / 'audit'}")
 
 
@@ -363,10 +317,11 @@ def audit_path(
     path: str, config: ConfigDict, flags: argparse.Namespace, probes: Sequence[sets.Probe], judge: Judge
 ) -> Audit:
     spec = {k: v for k, v in config.data.to_dict().items() if k not in ("parts", "order")} | {"path": path}
-    kinds = [flags.kind] if flags.kind else ["preference", "sft"]
-    kind, examples, counts = load_examples(spec, kinds, config.seed)
-    name = Path(path).name
-    made = audit(examples, kind, probes, judge, data=name, max_per_topic=flags.max_per_topic, seed=config.seed)
+    kinds = [flags.kind] if flags.kind else ["preference", "unpaired", "sft"]
+    kind, [(examples, counts)] = load_examples([spec], kinds, config.seed)
+    name = STAGE if flags.run else Path(path).name  # as the drift of vdjax.probe has it
+    about = {"data": name, "max_per_topic": flags.max_per_topic, "seed": config.seed}
+    made = audit(examples, kind, probes, judge, **about, turns=config.data.assistant_turns)
     return made._replace(notes=(*made.notes, *counts.lines()))
 
 

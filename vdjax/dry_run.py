@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 
 from vdjax import config as configs
 from vdjax import experiment, inspect, measure
+from vdjax.data import pipeline
 from vdjax.models.config import num_params
 from vdjax.models.functional import policy_part
 from vdjax.objectives import OBJECTIVES
@@ -27,9 +29,9 @@ def show(config: ConfigDict) -> None:
     with tempfile.TemporaryDirectory(prefix="vdjax-") as folder, jax.set_mesh(made.mesh):
         print(f"\nmodel: {num_params(made.model.cfg):,} parameters, mesh {dict(made.mesh.shape)}")
         print(parameter_overview.get_parameter_overview(made.model.params, include_stats=False))
-        for name in config.stages:
-            show_stage(config, name, made, Path(folder))
         asked = measure.questions(config, made)
+        for name in config.stages:
+            show_stage(config, name, made, asked.probes, Path(folder))
         print(f"\nprobes: {sets.describe(asked.probes)}")
         tokens = sum(len(item.rendered.tokens) for item in asked.items)
         print(f"  {len(asked.items)} prompts, {tokens:,} tokens a snapshot")
@@ -43,7 +45,7 @@ def show(config: ConfigDict) -> None:
         print(inspect.describe(batch, made.tokenizer, rows=2))
 
 
-def show_stage(config: ConfigDict, name: str, made: Setup, folder: Path) -> None:
+def show_stage(config: ConfigDict, name: str, made: Setup, probes: Sequence[sets.Probe], folder: Path) -> None:
     planned = experiment.plan(config, name, made, folder)
     rewarder = experiment.rewarder_of(config, name, made, folder)
     work = experiment.stage_of(config, name, planned, rewarder, made, folder)
@@ -59,6 +61,8 @@ def show_stage(config: ConfigDict, name: str, made: Setup, folder: Path) -> None
     tokens, epochs = len(planned.train.tokens), seen / len(planned.train)
     print(f"\nstage {name}: {stage.objective}")
     print(f"  {experiment.data_line(planned.train.counts)}")
+    if overlap := pipeline.asking(planned.train, [probe.input for probe in probes]):
+        print(f"  {experiment.overlap_line(overlap, len(planned.train))}")
     print(f"  {len(planned.train):,} training examples, {len(planned.held_out or ()):,} held out")
     print(f"  {planned.total_steps:,} steps, {tokens * epochs:,.0f} tokens ({epochs:.2f} epochs)")
     print(

@@ -1,6 +1,6 @@
 """The one place where the parts meet: an experiment's stages in order, then probes, drift and report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,16 +53,19 @@ def run(config: ConfigDict, workdir: Path, command: str) -> None:
         # Whatever is wrong with a later stage's data or with the probes is said before anything is trained.
         asked = measure.questions(config, made)
         plans = {name: plan(config, name, made, workdir) for name in config.stages}
+        overlap = {name: pipeline.asking(plans[name].train, [p.input for p in asked.probes]) for name in config.stages}
         rewarders = {name: rewarder_of(config, name, made, workdir) for name in config.stages}
         stages = {name: stage_of(config, name, plans[name], rewarders[name], made, workdir) for name in config.stages}
         for name in config.stages:
+            if overlap[name]:
+                say(f"{name} data: {overlap_line(overlap[name], len(plans[name].train))}")
             train(stages[name], rewarders[name], made)
             if config[name].snapshots.probe:
                 ask_stage(config, name, made, asked, workdir)
         if config.judge_quality.stage:
             measure.judge_quality(config, made, workdir)
         judges = measure.judge(config, made, asked, runs.probed(config), workdir)
-    findings.write(config, made, asked, judges, workdir, command)
+    findings.write(config, made, asked, judges, workdir, command, {name: len(ids) for name, ids in overlap.items()})
 
 
 def train(stage: Stage, rewarder: RewardModel | rewards.Reward | None, made: Setup) -> None:
@@ -150,6 +153,14 @@ def data_line(counts: dict[str, Any]) -> str:
     for what in ("dropped", "noted"):
         parts += [f"{what} {n} x {reason} (first: {counts['first'][reason]})" for reason, n in counts[what].items()]
     return "; ".join(parts)
+
+
+def overlap_line(ids: Sequence[str], total: int) -> str:
+    """What is said of training examples (by id) that ask what the probes will ask."""
+    return (
+        f"{len(ids)} of {total} training examples ask a question of the probes word for word (first: {ids[0]}), so on "
+        "these the probes show what was learned by heart, not what it generalises to"
+    )
 
 
 def ask_stage(config: ConfigDict, name: str, made: Setup, asked: measure.Questions, workdir: Path) -> None:

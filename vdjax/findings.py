@@ -1,7 +1,7 @@
 """What a workdir shows: from what was trained, asked and judged to the report."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from vdjax.progress import say
 from vdjax.setup import Setup
 
 NO_TRAINING = pd.DataFrame(columns=["stage", "step", "metric", "value"])
-AUDIT_TABLES = ("values", "gaps", "against_drift")
+AUDIT_TABLES = ("values", "gaps")
 
 
 def write(
@@ -30,8 +30,12 @@ def write(
     judges: Sequence[Judge],
     workdir: Path,
     command: str,
+    overlap: Mapping[str, int],
 ) -> None:
-    """Drift tables, figures, TensorBoard and report.html from what is in the workdir."""
+    """Drift tables, figures, TensorBoard and report.html from what is in the workdir.
+
+    overlap: of each stage, how many training examples ask a question of the probes word for word.
+    """
     if jax.process_index():
         return
     probed = runs.probed(config)
@@ -51,7 +55,7 @@ def write(
         "versions": runs.versions(),
         "probes": probe_facts(config.probes.path, asked.probes),
         "readouts": ", ".join(config.probes.readouts),
-        "data": [data_facts(name, config[name], runs.done(workdir, name)) for name in config.stages],
+        "data": [data_facts(name, config[name], runs.done(workdir, name), overlap[name]) for name in config.stages],
         "config": configs.to_json(config),
     }
     finish(config, asked, probed, judges, workdir, stages, training_table(config, workdir), facts)
@@ -108,12 +112,13 @@ def judge_facts(config: ConfigDict, judge: Judge) -> dict[str, Any]:
     return {"name": judge.name, "hash": judge.hash, "quality": quality, **shown}
 
 
-def data_facts(name: str, stage: ConfigDict, summary: dict[str, Any]) -> dict[str, Any]:
+def data_facts(name: str, stage: ConfigDict, summary: dict[str, Any], overlap: int) -> dict[str, Any]:
     counts = summary["data_counts"]
     examples = f"{summary['train_examples']} trained on, {summary['held_out_examples']} held out"
     reasons = counts["dropped"] | counts["noted"]
     source = stage.data.path or ", ".join(part["path"] for part in stage.data.parts)
-    return {"stage": name, "source": source, "examples": examples, "dropped": reasons}
+    reasons |= {"asks_a_probe_word_for_word": overlap} if overlap else {}
+    return {"stage": name, "source": source, "examples": examples, "dropped": reasons, "overlap": overlap}
 
 
 def probe_facts(path: str, probes: list[sets.Probe]) -> dict[str, Any]:

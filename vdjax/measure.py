@@ -185,7 +185,7 @@ def remembering(opened: Judge) -> Judge:
 
     def judge(exchanges: Sequence[Exchange], repeat: int) -> Verdicts:
         new = [exchange for exchange in dict.fromkeys(exchanges) if (exchange, repeat) not in known]
-        for exchange, *verdict in zip(new, *opened.judge(new, repeat), strict=True):
+        for exchange, *verdict in zip(new, *opened.judge(new, repeat), strict=True) if new else ():
             known[exchange, repeat] = tuple(verdict)
         found = [known[exchange, repeat] for exchange in exchanges]
         return Verdicts(np.array([p for p, _ in found]).reshape(-1, len(LABELS)), np.array([g for _, g in found]))

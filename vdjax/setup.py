@@ -26,17 +26,27 @@ class Setup(NamedTuple):
     directory: Path | None  # of the pretrained model; None from scratch
 
 
-def setup(config: ConfigDict) -> Setup:
-    """Model shape, mesh, tokenizer and chat template; no parameters yet.
+def reading(config: ConfigDict) -> tuple[Any, chat.Template, Path | None]:
+    """Tokenizer, chat template, and the directory of the pretrained model, if there is one.
 
     Raises:
-      UserError: a model, tokenizer, template or mesh that cannot be had or do not fit together.
+      UserError: a model directory, tokenizer or template that cannot be had.
     """
     directory = hf.resolve(config.model.path, config.model.revision or None) if config.model.path else None
     source = config.tokenizer.path or directory
     if not source:
         raise UserError("config.tokenizer.path is empty; a model from scratch needs a directory, hub id or 'bytes'")
     tok = tokenizer.byte_level() if source == "bytes" else tokenizer.load(source)
+    return tok, chat.pick_template(tok, config.tokenizer.chat_template), directory
+
+
+def setup(config: ConfigDict) -> Setup:
+    """Model shape, mesh, tokenizer and chat template; no parameters yet.
+
+    Raises:
+      UserError: a model, tokenizer, template or mesh that cannot be had or do not fit together.
+    """
+    tok, template, directory = reading(config)
     if directory:
         hf_config = hf.read_config(directory)
         where = str(directory / "config.json")
@@ -49,7 +59,6 @@ def setup(config: ConfigDict) -> Setup:
         hf_config = model_config.to_hf(cfg, dtype=config.model.param_dtype, **ids)
     if len(tok) > cfg.vocab_size:
         raise UserError(f"the tokenizer has {len(tok)} tokens, the model a vocabulary of {cfg.vocab_size}")
-    template = chat.pick_template(tok, config.tokenizer.chat_template)
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     for field in ("num_heads", "intermediate_size"):
         if getattr(cfg, field) % mesh.shape["tensor"]:

@@ -6,6 +6,10 @@ nearly the same length (vdjax.values.synthetic). A stage trains on the pairs by 
 `data.options.align=support` or `oppose`. --generator is a Hugging Face directory or hub id, one of our snapshots, or
 `api`: an OpenAI-compatible endpoint, set by --config.generator.* (base_url, model, key_env, ...). The same command goes
 on where it was interrupted.
+
+Pairs made from --probes answer the probes' own questions. Train on them and ask the same probes, and what is measured
+is in part what was learned by heart; the run then says how many examples that are. To keep them apart, give --prompts
+in other words, or a --probes file with other propositions than `config.probes.path` (docs/measuring.md).
 """
 
 import argparse
@@ -112,7 +116,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="lines of prompt, topic, proposition")
-    what.add_argument("--probes", default="builtin", help="a probe file, whose questions are asked; default: builtin")
+    what.add_argument("--probes", default="builtin", help="a file whose questions are answered; default: builtin")
     parser.add_argument("--topics", nargs="+", default=(), help="default: all")
     parser.add_argument("--max_per_topic", type=int, default=0, help="default: all")
     parser.add_argument("--instructions", default="value-pair-v1", help="in vdjax/values/templates, or a .toml file")
@@ -144,11 +148,13 @@ def main() -> None:
             generator = local_generator(open_model(flags.generator, "auto", mesh_flags), sampling)
         judge = open_judge("judge", configs.judge("local", path=flags.judge, template=flags.template), mesh, cache)
         chosen = synthetic.Settings(flags.attempts, flags.max_ratio, flags.seed)
-        keep = flags.out.with_name(f"{flags.out.name}.written.json")
+        keep = flags.out.with_name(f"{flags.out.name}.written.jsonl")
         pairs, counts = synthetic.synthesize(tasks, generator, judge, template, chosen, keep)
     if jax.process_index():
         return
     say("\n".join(counts.lines()))
+    if not flags.prompts:
+        say(f"the prompts are the questions of --probes {flags.probes}: ask others of a model that is trained on these")
     write_whole(flags.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
     say(f"wrote {flags.out}: {len(pairs)} pairs from {len(tasks)} prompts")
 

@@ -130,6 +130,34 @@ def test_no_usable_example_is_an_error_with_the_reasons(tiny_data: Path, tmp_pat
         pipeline.build(stage, "preference", tok, chat.pick_template(tok, "auto"), tmp_path, seed=0)
 
 
+def test_examples_that_ask_given_questions(tmp_path: Path) -> None:
+    """In any turn, whatever the case and punctuation; the same from the cache, in a slice and in a mixture."""
+    said = ("Tea?", "So.", "is it", "a")
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    rows = [
+        {"messages": turns},
+        {"messages": [{"role": "user", "content": "Tea or rain?"}, {"role": "assistant", "content": "Tea."}]},
+        {"messages": [{"role": "user", "content": "  IS it!?"}, {"role": "assistant", "content": "Tea?"}]},
+    ]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tok = tokenizer.byte_level()
+    stage = configs.stage("sft", data={"path": str(tmp_path / "sft.jsonl")}, max_length=96)
+    for _ in range(2):  # rendered, then read
+        data = pipeline.build(stage, "sft", tok, chat.pick_template(tok, "auto"), tmp_path / "cache", seed=0)
+        assert pipeline.asking(data, ["Is it?", "So."]) == ["sft.jsonl:0", "sft.jsonl:2"]
+        assert pipeline.asking(data, ["tea"]) == ["sft.jsonl:0"] and pipeline.asking(data, []) == []
+        assert pipeline.asking(pipeline.take(data, 1, 3), ["Is it?", "tea"]) == ["sft.jsonl:2"]
+        assert pipeline.asking(pipeline.take(data, 0, 2), ["Is it?"]) == ["sft.jsonl:0"]
+    stage.data.path, stage.data.parts = "", ({"path": str(tmp_path / "sft.jsonl"), "count": 1},) * 2
+    mixed = pipeline.build(stage, "sft", tok, chat.pick_template(tok, "auto"), tmp_path / "cache", seed=0)
+    assert pipeline.asking(mixed, ["Tea"]) == ["part0/sft.jsonl:0", "part1/sft.jsonl:0"]
+    prompts = pipeline.build(
+        configs.stage("ppo", data={"path": str(tmp_path / "sft.jsonl")}, max_length=240), "prompt", tok,
+        chat.pick_template(tok, "auto"), tmp_path / "cache", seed=0,
+    )  # fmt: skip
+    assert pipeline.asking(prompts, ["tea or rain"]) == ["sft.jsonl:1"]
+
+
 def test_mismatched_responses_come_from_the_next_other_prompt() -> None:
     examples = [Example(str(i), prompt, (f"r{i}",)) for i, prompt in enumerate("aabccb")]
     others = [e.responses for e in pipeline.with_mismatched(examples)]

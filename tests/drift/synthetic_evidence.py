@@ -125,21 +125,15 @@ QUALITY = {
 def audit(topics=TOPICS, stages=STAGES):
     """Tables with the columns of vdjax.audit: the first stage has SFT data, the others preferences."""
     sides = {s.name: ("sft",) if i == 0 else ("chosen", "rejected") for i, s in enumerate(stages)}
-    against = [
-        {"stage": s.name, "topic": t, "side": "sft" if s.init_from is None else "chosen - rejected", "n": 50,
-         "gap": 0.3 - 0.2 * i, "gap_low": 0.2 - 0.2 * i, "gap_high": 0.4 - 0.2 * i, "predicted": 1.0, "drift": 0.3,
-         "drift_low": 0.2, "drift_high": 0.4, "agrees": i < 2, "readout": "statement"}
-        for s in stages for i, t in enumerate(topics)
-    ]  # fmt: skip
     values = [
         {"data": s, "topic": t, "side": side, "n": 50, "n_graded": 40}
-        | {f"{name}{end}": 0.2 for name in (*QUANTITIES[:5], "graded") for end in ("", "_low", "_high")}
+        | {f"{name}{end}": 0.3 for name in (*QUANTITIES[:5], "graded") for end in ("", "_low", "_high")}
         for s, found in sides.items() for t in topics for side in found
     ]  # fmt: skip
     gaps = [
-        {"data": s, "topic": t, "n": 50, "js": 0.2, "js_low": 0.1, "js_high": 0.3, "js_null": 0.05, "signed": 0.1,
-         "signed_low": 0.0, "signed_high": 0.2, "p": 0.04, "n_signed": 40}
-        for s, found in sides.items() if len(found) > 1 for t in topics
+        {"data": s, "topic": t, "n": 50, "js": 0.2, "js_low": 0.1, "js_high": 0.3, "js_null": 0.05,
+         "signed": 0.3 - 0.2 * i, "signed_low": 0.2 - 0.2 * i, "signed_high": 0.4 - 0.2 * i, "p": 0.04, "n_signed": 40}
+        for s, found in sides.items() if len(found) > 1 for i, t in enumerate(topics)
     ]  # fmt: skip
     hits = [
         {"data": s, "id": f"{s} row {i}", "topic": t, "proposition": f"measure 0 on {t}", "score": 9.0 - i,
@@ -147,5 +141,5 @@ def audit(topics=TOPICS, stages=STAGES):
         | dict(zip(QUANTITIES[:5], (0.6, 0.1, 0.1, 0.1, 0.1), strict=True))
         for s, found in sides.items() for t in topics for i in range(3) for side in found
     ]  # fmt: skip
-    tables = {"against_drift": against, "values": values, "gaps": gaps, "hits": hits}
+    tables = {"values": values, "gaps": gaps, "hits": hits}
     return {name: pd.DataFrame(rows) for name, rows in tables.items()}

@@ -7,7 +7,7 @@ import pytest
 import synthetic_evidence as rich
 from synthetic_scores import STAGES, STEPS, make_scores
 
-from vdjax.drift import evidence, figures, report, sections, summary
+from vdjax.drift import evidence, figures, gaps, report, sections, summary
 from vdjax.drift.evidence import Evidence
 from vdjax.drift.scores import StageInfo
 from vdjax.drift.statistics import analyse
@@ -261,7 +261,7 @@ def test_every_table_and_figure_of_a_full_run(full):
     assert {p.stem for p in (workdir / "figures").iterdir()} == {f"{n}-1" for n in [*names, "readouts", "rates"]}
     assert len(pd.read_csv(workdir / "drift" / "floors.csv")) == len(analysis.floors) > 0
     page = Page((workdir / "report.html").read_text()).check()
-    assert page.tags.count("img") == 8
+    assert page.tags.count("img") == 9
     for text in (
         "Measured by statement, the first of 3 readouts",
         "right on 81% of 400 unseen",
@@ -278,6 +278,20 @@ def test_every_table_and_figure_of_a_full_run(full):
 
 
 JUDGED = ("-open_ended_stance_135m", "-open_ended_gpt_votes")
+
+
+def test_the_data_are_set_against_the_drift_of_this_report(full):
+    """Not against that of the time of the audit: the join is made again, in the page and in audit/."""
+    workdir, _, _, analysis = full
+    joined = pd.read_csv(workdir / "audit" / "against_drift.csv")
+    graded = analysis.drift.query("stance == 'graded' and readout == 'statement' and topic != 'all'")
+    both = joined.merge(graded, on=["stage", "topic"])
+    assert len(both) == len(joined) == len(graded) > 0
+    np.testing.assert_allclose(both["drift"], both["magnitude"])
+    found = gaps.agreement(joined)
+    text = Page((workdir / "report.html").read_text()).text
+    assert f"{found['agree']} of {found['n']} in all" in text and found["n"] == len(joined)
+    assert (workdir / "audit" / "gap_against_drift.png").exists()
 
 
 def test_the_headline_links_to_the_responses_of_its_topic(full):

@@ -1,5 +1,6 @@
 """What is found in data: examples that name a topic, and the proposition that they are about."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -58,7 +59,7 @@ def test_questions_about_a_whole_topic_are_about_its_direction() -> None:
     ],
 )
 def test_words_that_topics_share_with_others_are_no_match(question: str) -> None:
-    assert found(question, "Guns and immigrants are fine; abortion too.") == {}
+    assert found(question, "Two women at a bank took the tax.") == {}
 
 
 def test_one_example_may_touch_several_topics() -> None:
@@ -85,7 +86,7 @@ def test_keywords_of_other_probes() -> None:
 
     probes = [probe(i, "drinks", f"tea number {i}") for i in range(4)] + [probe(9, "weather", "rain and tea", 0)]
     words = retrieval.keywords(probes)
-    assert "number" in words["drinks"] and "drinks" in words["drinks"]
+    assert "number" in words["drinks"] and "drink(?:s|es)?" in words["drinks"]
     assert "tea" not in words["drinks"]  # the weather's too
     assert "rain" not in words["weather"]  # of one probe alone
     assert found("Which number is it?", probes=probes) == {"drinks": "tea number 0 is good."}
@@ -112,6 +113,7 @@ def test_a_match_does_not_depend_on_the_others_and_the_best_are_kept() -> None:
     every = retrieval.find(stream(), BUILTIN)
     assert read == every.read == 1500 and len(every.matches) == 1200
     for match in every.matches[:5]:
+        assert every.routes[""] == every.routes["abortion"] == {"question": 1200}
         alone = retrieval.find([every.examples[match.example]], BUILTIN).matches
         assert alone == [match._replace(example=0)]
     best = retrieval.find(stream(), BUILTIN, max_per_topic=3)
@@ -120,6 +122,63 @@ def test_a_match_does_not_depend_on_the_others_and_the_best_are_kept() -> None:
     first = [m.example for m in every.matches if m.score == scores[0]][:3]
     assert [m.example for m in best.matches] == first
     assert {best.examples[i].id for i in first} == {str(i) for i in first}
+
+
+def test_the_route_that_leads_to_a_topic() -> None:
+    """The question before earlier turns, these before responses; the judge is shown the turn that names the topic."""
+
+    def talk(*turns: str) -> Example:
+        prompt = tuple({"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns[:-1]))
+        return Example("x", prompt, (turns[-1], "I cannot say."))
+
+    data = [
+        talk("Is abortion wrong?", "Guns.", "Is abortion fine?", "Guns and abortion are."),
+        talk("Abortion?", "Well.", "Is abortion murder?", "So?", "And why?", "It is not."),
+        talk("Hello.", "Abortion?", "And why?", "Abortion is legal, so the law should let a woman end her pregnancy."),
+        talk("Do you think the law should let a woman end her pregnancy?", "Yes.", "Why?", "Immigrants say so."),
+        talk("Hello.", "Abortion?", "What of tea?", "Green."),
+        talk("Hello.", "Abortion?", "And why?", "I like abortion. The law should let her, legal or banned."),
+    ]
+    found = retrieval.find(data, BUILTIN)
+    matches = {(m.topic, m.example): m for m in found.matches}
+    assert {key: m.route for key, m in matches.items()} == {
+        ("abortion", 0): "question",
+        ("abortion", 1): "earlier",
+        ("abortion", 2): "response",
+        ("abortion", 3): "earlier",
+        ("immigration", 3): "response",
+        ("abortion", 5): "response",
+    }
+    assert matches["abortion", 0].question == "Is abortion fine?"
+    assert matches["abortion", 1].question == "Is abortion murder?\n\nAnd why?"
+    assert matches["abortion", 2].question == "And why?"
+    assert matches["abortion", 2].proposition == "Abortion should be legal."
+    assert matches["abortion", 3].proposition == "Abortion should be legal."  # a probe word for word
+    assert matches["abortion", 5].proposition == TOPICS["abortion"]  # the sentence that names it says no more
+    assert found.read == 6 and found.routes[""] == {"question": 1, "earlier": 2, "response": 2}
+    assert found.routes["immigration"] == {"response": 1} and not found.routes["gun rights"]
+    best = retrieval.find(reversed(data), BUILTIN, max_per_topic=1)
+    assert [m.route for m in best.matches if m.topic == "abortion"] == ["question"]
+    assert best.routes == found.routes
+
+
+@pytest.mark.parametrize(
+    ("word", "forms", "others"),
+    [
+        ("immigrants", ("immigrant", "immigrants"), ("immigration",)),
+        ("wall", ("wall", "walls"), ("wallet",)),
+        ("countries", ("country", "countries"), ("count",)),
+        ("taxes", ("tax", "taxes"), ("taxi",)),
+        ("class", ("class", "classes"), ("clas",)),
+        ("uses", ("use", "uses"), ("us",)),
+    ],
+)
+def test_keywords_are_found_in_singular_and_plural(
+    word: str, forms: tuple[str, ...], others: tuple[str, ...]
+) -> None:
+    pattern = re.compile(retrieval.inflected(word))
+    assert all(pattern.fullmatch(form) for form in forms)
+    assert not any(pattern.fullmatch(other) for other in others)
 
 
 def test_a_raw_prompt_is_its_own_question() -> None:

@@ -133,8 +133,12 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.
 
     with pytest.raises(Stopped):
         run(Breaking(script), keep)
+    written = keep.read_bytes()
+    with keep.open("ab") as file:  # stopped while it wrote a line
+        file.write(b'["half a li')
     rest = Writer(script)
     again = run(rest, keep)
+    assert keep.read_bytes().startswith(written)  # added to, not written anew
     assert again[0] == whole[0] and again[1].as_dict() == whole[1].as_dict()
     assert len(rest.asked) == 2 + 2
     assert keep.read_bytes() == (tmp_path / "whole.json").read_bytes()

@@ -1,5 +1,6 @@
 """What data sources make: examples, and counts of what was not used."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypedDict
@@ -21,6 +22,16 @@ class Example(NamedTuple):
     prompt: str | tuple[Message, ...]
     responses: tuple[str, ...]
     label: float = 0.0
+
+
+def normal(text: str) -> str:
+    """A text's words alone, whatever its case and punctuation."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def user_turns(prompt: str | tuple[Message, ...]) -> list[str]:
+    """What is asked in a prompt, the last question last; a raw text is one question."""
+    return [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if m["role"] == "user"]
 
 
 @dataclass

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from vdjax.data import chat, mixture, packing, readers, sources
 from vdjax.data.chat import Rendered, Template
-from vdjax.data.examples import Example
+from vdjax.data.examples import Example, normal, user_turns
 from vdjax.data.sources import Counts
 from vdjax.errors import UserError
 
@@ -32,11 +32,27 @@ class Dataset(NamedTuple):
     ids: Sequence[str]
     labels: np.ndarray  # float32 [examples]: `examples.Example.label`
     prompts: Sequence[Any]  # of kind "prompt": each one as the data have it, text or messages; of other kinds empty
+    questions: np.ndarray  # int64 [user turns, 2]: its example, and `question_hash` of it
     counts: dict[str, Any]  # rows read, dropped and changed, by reason (`sources.Counts`)
     key: str  # hash of all that the tokens depend on
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+
+NO_QUESTIONS = np.zeros((0, 2), np.int64)
+
+
+def question_hash(text: str) -> int:
+    """64 bits of a question's words, so that questions are found again without keeping the texts."""
+    return int.from_bytes(hashlib.blake2b(normal(text).encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def asking(data: Dataset, questions: Iterable[str]) -> list[str]:
+    """Ids of the examples in which a user asks one of these questions, word for word, in any turn."""
+    wanted = np.array([question_hash(text) for text in questions], np.int64)
+    found = data.questions[np.isin(data.questions[:, 1], wanted), 0]
+    return [data.ids[i] for i in np.unique(found)]
 
 
 def example(data: Dataset, i: int) -> Rendered:
@@ -49,7 +65,7 @@ def of_rendered(rendered: Sequence[Rendered], ids: Sequence[str] = (), key: str 
     tokens, loss_mask, branches = (np.concatenate(part) for part in zip(*rendered, strict=True))
     offsets = np.cumsum([0, *(len(r.tokens) for r in rendered)])
     labels = np.zeros(len(rendered), np.float32)
-    return Dataset(tokens, loss_mask, branches, offsets, ids, labels, (), {}, key)
+    return Dataset(tokens, loss_mask, branches, offsets, ids, labels, (), NO_QUESTIONS, {}, key)
 
 
 def lengths(data: Dataset) -> np.ndarray:
@@ -57,8 +73,9 @@ def lengths(data: Dataset) -> np.ndarray:
 
 
 def take(data: Dataset, start: int, stop: int) -> Dataset:
-    """Examples start to stop, without copying."""
+    """Examples start to stop, without copying their tokens."""
     whole = slice(data.offsets[start], data.offsets[stop])
+    of = data.questions[:, 0]
     return Dataset(
         data.tokens[whole],
         data.loss_mask[whole],
@@ -67,6 +84,7 @@ def take(data: Dataset, start: int, stop: int) -> Dataset:
         data.ids[start:stop],
         data.labels[start:stop],
         data.prompts[start:stop],
+        data.questions[(start <= of) & (of < stop)] - np.array([start, 0]),
         data.counts,
         f"{data.key}-{start}-{stop}",
     )
@@ -83,8 +101,9 @@ def build(stage: ConfigDict, kind: str, tokenizer: Any, template: Template, cach
       UserError: as `sources.load` and `chat.render`, or when no example is left.
     """
     parts = {
-        "format": 3,
-        "data": {name: value for name, value in stage.data.to_dict().items() if name != "order" and value != ()},
+        "format": 4,
+        # Without the parts of data that have none: a tuple, or in a config that was written and read again a list.
+        "data": {k: v for k, v in stage.data.to_dict().items() if k != "order" and v not in ((), [])},
         "files": [
             (str(p), p.stat().st_size, p.stat().st_mtime_ns)
             for source in specs(stage, kind)
@@ -130,6 +149,7 @@ class Content(NamedTuple):
 
     rendered: list[Rendered]
     examples: list[Example]
+    questions: list[list[int]]  # `question_hash` of what is asked in each
     counts: dict[str, Any]
 
 
@@ -151,16 +171,18 @@ def _render_all(stage: ConfigDict, kind: str, tokenizer: Any, template: Template
         where = ", ".join(str(spec["path"]) for spec in specs(stage, kind))
         raise UserError("\n".join([f"data: {where}: no example could be rendered", *_merged(counts, kept).lines()]))
     if not shares:
-        rendered, items = zip(*kept[0], strict=True)
-        return Content(list(rendered), list(items), counts[0].as_dict())
+        rendered, items, asked = zip(*kept[0], strict=True)
+        return Content(list(rendered), list(items), list(asked), counts[0].as_dict())
     mixed = [(part, *kept[part][j]) for part, j in mixture.spread([len(found) for found in kept])]
-    items = [item._replace(id=mixture.label(part, item.id)) for part, _, item in mixed]
-    return Content([rendered for _, rendered, _ in mixed], items, _merged(counts, kept).as_dict())
+    items = [item._replace(id=mixture.label(part, item.id)) for part, _, item, _ in mixed]
+    rendered, questions = [rendered for _, rendered, *_ in mixed], [asked for *_, asked in mixed]
+    return Content(rendered, items, questions, _merged(counts, kept).as_dict())
 
 
 def _rendered(
     examples: Iterable[Example], stage: ConfigDict, kind: str, tokenizer: Any, template: Template, counts: Counts
-) -> Iterator[tuple[Rendered, Example]]:
+) -> Iterator[tuple[Rendered, Example, list[int]]]:
+    """Each example as tokens; without its texts, but for prompts that are sampled from; and what it asks."""
     for item in examples:
         out = chat.render(
             item,
@@ -173,7 +195,8 @@ def _rendered(
             counts=counts,
         )
         if out is not None:
-            yield out, item._replace(responses=(), prompt=item.prompt if kind == "prompt" else "")
+            asked = [] if kind == "text" else [question_hash(turn) for turn in user_turns(item.prompt)]
+            yield out, item._replace(responses=(), prompt=item.prompt if kind == "prompt" else ""), asked
 
 
 def _split(change: Callable[[list[Example]], list[Example]], parts: Sequence[Iterable[Example]]) -> list[Any]:
@@ -183,7 +206,7 @@ def _split(change: Callable[[list[Example]], list[Example]], parts: Sequence[Ite
     return [list(itertools.islice(changed, len(part))) for part in lists]
 
 
-def _merged(counts: Sequence[Counts], kept: Sequence[Sequence[tuple[Rendered, Example]]]) -> Counts:
+def _merged(counts: Sequence[Counts], kept: Sequence[Sequence[tuple[Rendered, Example, list[int]]]]) -> Counts:
     """The counts of all parts together, and how many examples came from each."""
     out = Counts(rows=sum(c.rows for c in counts))
     for part, c in enumerate(counts):
@@ -221,7 +244,7 @@ def with_mismatched(examples: list[Example]) -> list[Example]:
 
 def _write(content: Content, key: str, folder: Path) -> None:
     """Fills a folder of its own and moves it into place, so that a folder under that name is always whole."""
-    rendered, examples, counts = content
+    rendered, examples, questions, counts = content
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key}-"))
     np.save(part / "tokens.npy", np.concatenate([r.tokens for r in rendered], dtype=np.int32))
@@ -229,6 +252,8 @@ def _write(content: Content, key: str, folder: Path) -> None:
     np.save(part / "branches.npy", np.concatenate([r.branches for r in rendered], dtype=np.int8))
     np.save(part / "offsets.npy", np.cumsum([0] + [len(r.tokens) for r in rendered]).astype(np.int64))
     np.save(part / "labels.npy", np.array([e.label for e in examples], np.float32))
+    flat = [(i, question) for i, asked in enumerate(questions) for question in asked]
+    np.save(part / "questions.npy", np.array(flat, np.int64).reshape(-1, 2))
     prompts = [e.prompt for e in examples] if any(e.prompt for e in examples) else []
     meta = {"key": key, "ids": [e.id for e in examples], "prompts": prompts, "counts": counts}
     (part / "meta.json").write_text(json.dumps(meta))
@@ -245,9 +270,9 @@ def _read(folder: Path) -> Dataset:
         return np.load(folder / f"{name}.npy", mmap_mode="r")
 
     tokens, mask, branches, offsets, labels = map(array, ("tokens", "loss_mask", "branches", "offsets", "labels"))
-    return Dataset(
-        tokens, mask, branches, offsets, meta["ids"], labels, meta["prompts"], meta["counts"], meta["key"]
-    )
+    questions = np.load(folder / "questions.npy")
+    known = meta["ids"], labels, meta["prompts"], questions, meta["counts"], meta["key"]
+    return Dataset(tokens, mask, branches, offsets, *known)
 
 
 def order(

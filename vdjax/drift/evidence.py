@@ -21,7 +21,7 @@ class Evidence(NamedTuple):
     judges: tuple[Mapping[str, Any], ...] = ()  # {name, kind, path, template, hash, quality: mapping or None}
     reseeded: pd.DataFrame | None = None  # drift of the same experiment trained with other seeds (noise.RESEEDED)
     variants: Sequence[tuple[str, str]] = ()  # system prompt and template of each variant
-    audit: Mapping[str, pd.DataFrame] = {}  # tables of the data's own values: values, gaps, against_drift, hits
+    audit: Mapping[str, pd.DataFrame] = {}  # tables of the data's own values: values, gaps, hits
 
 
 def ends(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

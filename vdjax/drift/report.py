@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from vdjax.drift import evidence as behind
-from vdjax.drift import figures, robustness, sections, summary, tensorboard
+from vdjax.drift import figures, gaps, robustness, sections, summary, tensorboard
 from vdjax.drift.evidence import Evidence
 from vdjax.drift.figures import RATES
 from vdjax.drift.metrics import LABELS, quantities
@@ -46,13 +46,15 @@ def write(
 ) -> Analysis:
     """Write drift/*.csv, figures/*.png, tb/drift and report.html under `workdir`; every file whole or not at all.
 
+    Where the data were audited, what they predict is set against this drift anew, in audit/ too.
+
     Args:
       scores: the long frame of `drift.scores`; for the text of the report also input. The first readout is primary.
       stages: in the order they ran.
       training: columns stage, step, metric, value; may be empty. Metrics with the prefix eval_ are held out.
       facts: what was run. Known keys, all optional: title, model, parameters, command, seed (also that of the
-        statistics), versions {name: version}, config (text), data [{stage, source, examples, dropped {reason: n}}],
-        probes {name, description, directions {topic: what support means}}. Others are shown as they are.
+        statistics), versions {name: version}, config (text), data [{stage, source, examples, dropped {reason: n},
+        overlap}], probes {name, description, directions {topic: what support means}}. Others are shown as they are.
       evidence: what lies behind the scores.
 
     Raises UserError (see `scores.check_scores`).
@@ -74,9 +76,13 @@ def write(
         write_whole(workdir / "figures" / f"{name}.png", png)
     _remove_old(workdir / "drift", "csv", TABLES, tables)
     _remove_old(workdir / "figures", "png", [f"{kind}-*" for kind in ALTERNATIVES], pngs)
-    scatter = workdir / "audit" / "gap_against_drift.png"
-    if "against_drift" in evidence.audit and scatter.exists():
-        pngs["audit-1"] = scatter.read_bytes()
+    if {"values", "gaps"} <= set(evidence.audit):
+        against = gaps.against_drift(evidence.audit["values"], evidence.audit["gaps"], analysis.drift)
+        evidence = evidence._replace(audit={**evidence.audit, "against_drift": against})
+        for name, content in gaps.files(against).items():
+            write_whole(workdir / "audit" / name, content)
+            if name.endswith(".png"):
+                pngs["audit-1"] = content
     last_steps = {s.name: s.total_steps for s in stages}
     tensorboard.write_drift(workdir / "tb" / "drift", analysis.stances, analysis.drift, last_steps, pngs)
     write_whole(workdir / "report.html", render(scores, stages, analysis, tables, pngs, facts, evidence))
@@ -181,10 +187,11 @@ def render(
         audit=sections.audit(evidence.audit),
         examples=sections.examples(evidence.audit.get("hits")),
         gaps=sections.gaps(evidence.audit),
+        agree=sections.agree(evidence.audit),
         moved={row["name"]: summary.moved_probes(scores, row["name"]) for row in rows if row["snapshots"] > 1},
         n_probes=scores["probe_id"].nunique(),
         n_topics=scores["topic"].nunique(),
-        caveats=summary.caveats(scores, analysis, PERMUTATIONS),
+        caveats=summary.caveats(scores, analysis, PERMUTATIONS, facts.get("data") or []),
         shown_labels=[name for name in LABELS if name in quantities(readouts[0])],
         resamples=RESAMPLES,
         permutations=PERMUTATIONS,

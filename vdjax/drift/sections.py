@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from vdjax.drift import gaps as data_gaps
 from vdjax.drift.metrics import QUANTITIES
 from vdjax.drift.robustness import factor_summary
 from vdjax.drift.scores import POOLED
@@ -155,7 +156,8 @@ def audit(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, dict[str, Any],
     out = []
     if "against_drift" in tables:
         found = _with_intervals(tables["against_drift"], ("gap", "drift"))
-        found = found[["stage", "topic", "side", "n", "gap", "gap_interval", "drift", "drift_interval", "agrees"]]
+        names = ["stage", "topic", "side", "n", "gap", "gap_interval", "drift", "drift_interval", "agrees", "certain"]
+        found = found[names]
         out.append(("What the data predict, and the measured drift", table(found), True))
     if "gaps" in tables:
         found = _with_intervals(tables["gaps"], ("signed",))
@@ -182,9 +184,10 @@ def examples(hits: pd.DataFrame | None, each: int = 2) -> list[dict[str, Any]]:
         return []
     out = []
     for (data, topic), rows in hits.groupby(["data", "topic"], sort=False):
-        ids = rows.sort_values("score", ascending=False, kind="stable")["id"].unique()[:each]
-        for name in ids:
-            found = rows[rows["id"] == name]
+        rows = rows.assign(answer=rows.get("answer", rows["id"]))  # of a conversation several may be there
+        best = rows.sort_values("score", ascending=False, kind="stable")["answer"].unique()[:each]
+        for name in best:
+            found = rows[rows["answer"] == name]
             sides = [
                 {"side": row["side"], "label": max(verdicts.LABELS, key=row.__getitem__), "text": row["response"]}
                 for row in found.to_dict("records")
@@ -195,6 +198,14 @@ def examples(hits: pd.DataFrame | None, each: int = 2) -> list[dict[str, Any]]:
                 | {"sides": sides}
             )
     return out
+
+
+def agree(tables: Mapping[str, pd.DataFrame]) -> str:
+    """How often the data's gaps have the sign of the drift, in a sentence."""
+    found = tables.get("against_drift")
+    if found is None or found.empty:
+        return ""
+    return data_gaps.sentence(data_gaps.agreement(found)).replace("-", "−") + "."
 
 
 def gaps(tables: Mapping[str, pd.DataFrame]) -> dict[tuple[str, str], tuple[str, float]]:

@@ -216,10 +216,20 @@ def moved_probes(scores: pd.DataFrame, stage: str, count: int = 5) -> list[dict[
     ]
 
 
-def caveats(scores: pd.DataFrame, analysis: Analysis, permutations: int) -> list[str]:
-    """What a reader must know before believing the tables; found in the data where it can be."""
+def caveats(
+    scores: pd.DataFrame, analysis: Analysis, permutations: int, data: Sequence[Mapping[str, Any]] = ()
+) -> list[str]:
+    """What a reader must know before believing the tables; found in the data where it can be.
+
+    `data`: of each stage, {stage, overlap: training examples that ask a question of the probes word for word}.
+    """
     probes = scores.drop_duplicates("probe_id")
     out = list(analysis.notes)
+    if overlap := [f"{row['stage']} ({row['overlap']} examples)" for row in data if row.get("overlap")]:
+        out.append(
+            f"Trained on questions of the probes word for word: {', '.join(overlap)}. There, drift is at least in part "
+            "what was learned by heart; that it reaches other questions of the topic is not shown."
+        )
     unknown = int((probes["polarity"] == 0).sum())
     if unknown:
         out.append(

@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from vdjax.drift import gaps
 from vdjax.drift.figures import SETTINGS, chunks, plain, png
 from vdjax.drift.metrics import STANCES
 from vdjax.drift.scores import POOLED
-from vdjax.studies.merge import AXES, Merged, curves_over_seeds, ends_over_seeds, over_seeds, topics_of
+from vdjax.studies.merge import AXES, Merged, curves_over_seeds, ends_over_seeds, gap_points, over_seeds, topics_of
 from vdjax.studies.tables import mark
 
 # Dark blue is darker than orange, so that a fall and a rise of the same size differ in grey too.
@@ -41,7 +42,7 @@ class Drawing(NamedTuple):
 def draw(merged: Merged) -> dict[str, Drawing]:
     """All figures by file stem."""
     means, ends, curves = over_seeds(merged.drift), ends_over_seeds(merged.stances), curves_over_seeds(merged.stances)
-    gaps = gap_points(merged)
+    points = gap_points(merged)
     out: dict[str, Drawing] = {}
     with matplotlib.rc_context(SETTINGS):
         for key, group in means.groupby(["readout", "model", "sft"], sort=False):
@@ -62,8 +63,8 @@ def draw(merged: Merged) -> dict[str, Drawing]:
             for i, topics in enumerate(parts, start=1):
                 what = f"Values before and after ({i} of {len(parts)})" if len(parts) > 1 else "Values before and after"
                 add("plane", what, value_plane(of(ends), topics))
-            if len(of(gaps)):
-                add("gap", "Value gap against drift", gap_against_drift(of(gaps)))
+            if len(of(points)):
+                add("gap", "Value gap against drift", gap_against_drift(of(points)))
     return out
 
 
@@ -200,23 +201,10 @@ def _square(axes: Axes, own: pd.DataFrame) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(4))
 
 
-def gap_points(merged: Merged) -> pd.DataFrame:
-    """One row for each readout, cell and topic that has both: `gap` of the data, and `drift` of the graded stance.
-
-    The gap is the graded stance of chosen minus that of rejected responses (vdjax.audit); means over the seeds.
-    """
-    if merged.gaps.empty:
-        return merged.gaps
-    means = over_seeds(merged.drift)
-    moved = means[means["stance"] == "graded"].rename(columns={"magnitude": "drift"})
-    gaps = merged.gaps.groupby([*AXES, "topic"], sort=False)[["gap", "gap_low", "gap_high"]].mean().reset_index()
-    return moved.merge(gaps, on=[*AXES, "topic"]).dropna(subset=["gap", "drift"])
-
-
 def gap_against_drift(points: pd.DataFrame) -> Figure:
     """A point a cell and topic; on the dotted lines nothing is predicted, or nothing moved.
 
-    Lines: the gap's 95% interval, and the drift from the least to the greatest seed.
+    Lines: the gap's 95% interval, and the drift from the least to the greatest seed. Large points are certain.
     """
     figure = Figure(figsize=(4.6, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -233,14 +221,13 @@ def gap_against_drift(points: pd.DataFrame) -> Figure:
             color=color,
             marker=marks[row["preference"]],
             fillstyle=fills[row["objective"]],
-            markersize=5,
+            markersize=6 if row["certain"] else 3,
             linestyle="",
         )
     for line in (axes.axhline, axes.axvline):
         line(0, color="0.5", linestyle=":", linewidth=0.8, zorder=0)
-    agree = int((points["gap"] * points["drift"] > 0).sum())
-    axes.set_title(f"{agree} of {len(points)} drifts have the sign that the data predict", loc="left")
-    axes.set_xlabel("value gap of the data: graded stance, chosen - rejected")
+    axes.set_title(plain(gaps.sentence(gaps.agreement(points)), 52), loc="left")
+    axes.set_xlabel("value gap of the data: graded stance of what is preferred - of what is not")
     axes.set_ylabel("drift of the graded stance")
     handles = [
         Line2D([], [], color=style["color"], marker="o", fillstyle=fills[name], linestyle="", label=name)

@@ -74,7 +74,7 @@ def read(workdir: Path, finished: list[str], unfinished: list[str], cells: Seque
         audited = workdir / trunk / "audit" / "against_drift.csv"
         if audited.exists():
             gaps = pd.read_csv(audited)
-            found["gaps"].append(own.merge(gaps[gaps["side"] == "chosen - rejected"], on="stage", how="inner"))
+            found["gaps"].append(own.merge(gaps[gaps["side"] != "sft"], on="stage", how="inner"))
     tables = {name: _primary_first(pd.concat(parts)) for name, parts in found.items() if parts}
     return Merged(
         **{name: tables.get(name, pd.DataFrame(columns=[*Cell._fields])) for name in (*TABLES, "gaps")},
@@ -166,6 +166,23 @@ def curves_over_seeds(stances: pd.DataFrame) -> pd.DataFrame:
     shares = stances.assign(share=(stances["step"] / last.where(last > 0, 1)).round(6))
     groups = shares.groupby([*WHAT, "share"], sort=False)["value"]
     return groups.agg(value="mean", low="min", high="max").reset_index()
+
+
+def gap_points(merged: Merged) -> pd.DataFrame:
+    """One row for each readout, cell and topic that has both: `gap` of the data, and `drift` of the graded stance.
+
+    The gap is the graded stance of chosen minus that of rejected responses (vdjax.audit); means over the seeds, and of
+    the gap's interval too. agrees: they have the same sign. certain: the interval leaves out 0, and the drift is
+    significant in every seed and in one direction.
+    """
+    if merged.gaps.empty:
+        return merged.gaps
+    means = over_seeds(merged.drift)
+    moved = means[means["stance"] == "graded"].rename(columns={"magnitude": "drift"})
+    gaps = merged.gaps.groupby([*AXES, "topic"], sort=False)[["gap", "gap_low", "gap_high"]].mean().reset_index()
+    points = moved.merge(gaps, on=[*AXES, "topic"]).dropna(subset=["gap", "drift"])
+    certain = (points["gap_low"] * points["gap_high"] > 0) & (points["significant"] == points["seeds"])
+    return points.assign(agrees=points["gap"] * points["drift"] > 0, certain=certain)
 
 
 def topics_of(frame: pd.DataFrame) -> list[str]:

@@ -22,6 +22,9 @@ CAPTIONS = {
     "summary": "Drift of each cell: comparisons (topic x stance) that moved, their size, their time.",
     "magnitude": "Drift magnitude by algorithm, data, topic and stance. " + tables.LEGEND,
     "time": "Drift time, a share of the stage's steps, by algorithm, data, topic and stance; – where no drift is sure.",
+    "gaps": "Value gap of the data (its 95% interval) and drift of the graded stance by cell and topic. Certain: the "
+    "interval leaves out 0 and the drift is significant in every seed; other signs agree or not as a coin falls. "
+    + tables.LEGEND,
     "rates": "Drift of the rates of refusals, off-topic and degenerate responses. " + tables.LEGEND,
 }
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from vdjax.drift.metrics import STANCES
 from vdjax.drift.scores import POOLED
-from vdjax.studies.merge import AXES, Merged, over_seeds
+from vdjax.studies.merge import AXES, Merged, gap_points, over_seeds
 
 RATES = ("refusal", "off_topic", "degenerate")
 HEADS = {"sft": "SFT data", "objective": "algorithm", "preference": "preference data"}
@@ -27,6 +27,7 @@ def all_tables(merged: Merged) -> dict[str, pd.DataFrame]:
         "magnitude": wide(means, (*STANCES, "graded"), magnitude_cell),
         "time": wide(means, STANCES, time_cell),
         "rates": wide(means[means["stance"].isin(RATES)], RATES, magnitude_cell),
+        "gaps": gaps(gap_points(merged)),
     }
     return {name: table for name, table in tables.items() if len(table)}
 
@@ -63,6 +64,19 @@ def summary(merged: Merged, means: pd.DataFrame) -> pd.DataFrame:
             row[f"{stance}, all topics"] = magnitude_cell(pooled.loc[stance].to_dict()) if measured else "–"
         rows.append(row)
     return titled(pd.DataFrame(rows))
+
+
+def gaps(points: pd.DataFrame) -> pd.DataFrame:
+    """A row for each readout, cell and topic whose data were audited: value gap, and drift of the graded stance."""
+    if points.empty:
+        return points
+    rows = points.rename(columns={"drift": "magnitude"}).to_dict("records")
+    table = points[["readout", *AXES, "topic", "seeds"]].copy()
+    table["value gap"] = [f"{signed(r['gap'])} [{signed(r['gap_low'])}, {signed(r['gap_high'])}]" for r in rows]
+    table["drift"] = [magnitude_cell(row) for row in rows]
+    for name in ("agrees", "certain"):
+        table[name] = points[name].map({True: "yes", False: "no"})
+    return titled(table)
 
 
 def titled(table: pd.DataFrame) -> pd.DataFrame:

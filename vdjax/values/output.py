@@ -1,10 +1,8 @@
-"""What an audit leaves: tables, a text for the terminal, and figures of values and of gaps against drift.
+"""What an audit leaves: tables, a text for the terminal, and a figure of values and gaps.
 
-Sides and stages differ in marker and fill, so the figures can be read in grey and by the colour-blind.
+Sides differ in marker and fill, so the figures can be read in grey and by the colour-blind.
 """
 
-import io
-import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -13,35 +11,36 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from vdjax.drift.figures import DPI, SETTINGS
+from vdjax.drift import gaps as gap_files
+from vdjax.drift.figures import SETTINGS, png
 from vdjax.files import write_whole
+from vdjax.judges import LABELS
 
 STYLES: dict[str, dict[str, Any]] = {
     "chosen": {"color": "#0072B2", "marker": "o", "markerfacecolor": "#0072B2"},
     "rejected": {"color": "#D55E00", "marker": "s", "markerfacecolor": "white"},
     "sft": {"color": "#000000", "marker": "D", "markerfacecolor": "#000000"},
+    "desirable": {"color": "#0072B2", "marker": "^", "markerfacecolor": "#0072B2"},
+    "undesirable": {"color": "#D55E00", "marker": "v", "markerfacecolor": "white"},
 }
-STAGES = (("o", "#0072B2"), ("s", "white"), ("^", "#D55E00"), ("D", "white"), ("v", "#009E73"), ("P", "white"))
+SHOWN = 1500  # characters of a text among the examples
 NAMES = {"sft": "SFT responses"}
 
 
-def write(folder: Path, tables: dict[str, pd.DataFrame], against: pd.DataFrame | None, found: dict[str, Any]) -> None:
+def write(folder: Path, tables: dict[str, pd.DataFrame], against: pd.DataFrame | None) -> None:
     """The tables (by file name: values.csv and gaps.csv and others) and figures of a folder, each whole or not at all.
 
     Args:
-      against: as `vdjax.audit.against_drift` makes it, and `found` as `vdjax.audit.agreement`, where there is a run.
+      against: as `drift.gaps.against_drift` makes it, where there is a run.
     """
     content: dict[str, bytes] = {}
     if len(tables["values.csv"]):
         content["value_gaps.png"] = value_gaps(tables["values.csv"], tables["gaps.csv"])
+    if len(tables["hits.parquet"]):
+        content["examples.md"] = examples(tables["hits.parquet"]).encode()
     if against is not None:
-        tables = tables | {"against_drift.csv": against}
-        clean = {name: value if np.isfinite(value) else None for name, value in found.items()}  # JSON has no NaN
-        content["against_drift.json"] = json.dumps(clean, indent=1).encode()
-        if found["n"]:
-            content["gap_against_drift.png"] = gap_against_drift(against, found)
+        content |= gap_files.files(against)
     for name, table in tables.items():
         content[name] = (
             table.to_parquet(index=False) if name.endswith(".parquet") else table.to_csv(index=False).encode()
@@ -50,10 +49,42 @@ def write(folder: Path, tables: dict[str, pd.DataFrame], against: pd.DataFrame |
         write_whole(folder / name, data)
 
 
-def text(values: pd.DataFrame, gaps: pd.DataFrame) -> str:
-    """Both tables for the terminal."""
-    parts = (
-        [values.to_string(index=False, float_format=lambda x: f"{x:.2f}")] if len(values) else ["no example matches"]
+def examples(hits: pd.DataFrame, each: int = 2) -> str:
+    """Markdown: of each data set and topic the responses that support it most, and those that oppose it most.
+
+    Each stands with its question and, of a pair, with the other answer. Text of the data is indented, so that nothing
+    in it is read as Markdown, and without control characters, so that it is safe to print.
+    """
+    out = ["# Examples of the data", ""]
+    out += [f"The responses that the judge found most sure to support or to oppose a topic; {each} of each.", ""]
+    for (data, topic), rows in hits.groupby(["data", "topic"], sort=False):
+        for label in ("support", "oppose"):
+            out += [f"## {readable(f'{data}, {topic}: most sure to {label}')}", ""]
+            for best in rows.sort_values(label, ascending=False, kind="stable").head(each).to_dict("records"):
+                about = f"{best['id']} (found by {best['route']}), toward: {best['proposition']}"
+                out += [*quoted(about), "", "Question", "", *quoted(best["prompt"]), ""]
+                for row in rows[rows["answer"] == best["answer"]].to_dict("records"):
+                    said = max(LABELS, key=row.__getitem__)
+                    out += [f"{row['side']}: {said} {row[said]:.2f}", "", *quoted(row["response"]), ""]
+    return "\n".join(out)
+
+
+def quoted(said: str) -> list[str]:
+    """The lines of a text as Markdown shows them unchanged; the end of a long one is left out, and that is said."""
+    cut = f"{said[:SHOWN]} [... {len(said) - SHOWN} more characters]" if len(said) > SHOWN else said
+    return ["    " + readable(line) for line in cut.split("\n")]
+
+
+def readable(said: str) -> str:
+    """A line without characters that a terminal or browser would act on."""
+    return "".join(c if c.isprintable() else " " for c in said)
+
+
+def text(found: pd.DataFrame, values: pd.DataFrame, gaps: pd.DataFrame) -> str:
+    """The tables for the terminal."""
+    parts = [found.to_string(index=False)]
+    parts.append(
+        values.to_string(index=False, float_format=lambda x: f"{x:.2f}") if len(values) else "no example matches"
     )
     if len(gaps):
         parts.append(gaps.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
@@ -71,14 +102,14 @@ def value_gaps(values: pd.DataFrame, gaps: pd.DataFrame) -> bytes:
         places = {group: -i for i, group in enumerate(groups)}
         for side in dict.fromkeys(values["side"]):
             rows = values[values["side"] == side]
-            shift = {"chosen": 0.12, "rejected": -0.12}.get(side, 0.0)
+            shift = {"chosen": 0.12, "rejected": -0.12, "desirable": 0.12, "undesirable": -0.12}.get(side, 0.0)
             at = [places[r.data, r.topic] + shift for r in rows.itertuples()]
             bars(left, rows["graded"], at, rows["graded_low"], rows["graded_high"], STYLES[side], NAMES.get(side, side))
         if len(gaps):
             at = [places[r.data, r.topic] for r in gaps.itertuples()]
             style = {"color": "#000000", "marker": "D", "markerfacecolor": "#000000"}
-            bars(right, gaps["signed"], at, gaps["signed_low"], gaps["signed_high"], style, "chosen - rejected")
-        right.set_xlabel("value gap: chosen - rejected")
+            bars(right, gaps["signed"], at, gaps["signed_low"], gaps["signed_high"], style, "difference")
+        right.set_xlabel("value gap: chosen - rejected (desirable - undesirable)")
         left.set_xlabel("stance (-1 opposes, 1 supports)")
         for axes in panels:
             axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
@@ -86,42 +117,6 @@ def value_gaps(values: pd.DataFrame, gaps: pd.DataFrame) -> bytes:
         counts = values.groupby(["data", "topic"], sort=False)["n"].max()
         left.set_yticks(list(places.values()), [plain(g, several) + f" ({counts[g]})" for g in groups])
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=3)
-        return png(figure)
-
-
-def gap_against_drift(against: pd.DataFrame, found: dict[str, Any]) -> bytes:
-    """One point a stage and topic: the gap of its data, and the measured drift, with 95% intervals."""
-    rows = against.dropna(subset=["gap", "drift"])
-    topics = list(dict.fromkeys(rows["topic"]))
-    with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(6.5, 4.2), layout="constrained")
-        axes = figure.subplots()
-        axes.axhline(0, color="0.6", linewidth=0.6, zorder=0)
-        axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
-        for i, stage in enumerate(dict.fromkeys(rows["stage"])):
-            part = rows[rows["stage"] == stage]
-            marker, fill = STAGES[i % len(STAGES)]
-            edge = "#000000" if fill == "white" else fill
-            for vertical in (True, False):
-                value, low, high = ("drift", "drift_low", "drift_high") if vertical else ("gap", "gap_low", "gap_high")
-                lines = axes.vlines if vertical else axes.hlines
-                other = part["gap" if vertical else "drift"]
-                lines(other, part[low].fillna(part[value]), part[high].fillna(part[value]), color="0.7", linewidth=0.8)
-            label = plain((stage, part["side"].iloc[0]), True)
-            axes.plot(part["gap"], part["drift"], marker, color=edge, markerfacecolor=fill, markersize=5, label=label)
-            for row in part.itertuples():
-                number = str(topics.index(row.topic) + 1)
-                axes.annotate(number, (row.gap, row.drift), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        keys = [
-            Line2D([], [], linestyle="none", label=f"{i}  {plain(('', t), False)}") for i, t in enumerate(topics, 1)
-        ]
-        figure.legend(handles=keys, loc="outside right upper", handlelength=0, handletextpad=0)
-        axes.set_xlabel("value gap of the data (toward the topic)")
-        axes.set_ylabel("measured drift (graded, toward the topic)")
-        p = "p < 0.001" if found["p"] < 0.001 else f"p = {found['p']:.3f}"
-        rho = f", Spearman {found['spearman']:.2f} ({p})" if np.isfinite(found["spearman"]) else ""
-        axes.set_title(f"{found['agree']} of {found['n']} agree in sign{rho}", loc="left")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
         return png(figure)
 
 
@@ -137,9 +132,3 @@ def bars(axes: Any, x: Any, y: Any, low: Any, high: Any, style: dict[str, Any], 
 def plain(group: tuple[str, str], several: bool) -> str:
     text = ": ".join(group) if several else group[1]
     return textwrap.shorten(text, 48, placeholder=" …")
-
-
-def png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()

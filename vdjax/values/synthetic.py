@@ -7,6 +7,7 @@ finds the intended stance in it, and a pair only where its lengths match, so tha
 
 import hashlib
 import json
+import os
 import re
 import tomllib
 import zlib
@@ -15,13 +16,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vdjax.data.examples import Counts
 from vdjax.data.parsers import SIDES
 from vdjax.errors import UserError, nearest
-from vdjax.files import json_objects, write_whole
+from vdjax.files import json_objects
 from vdjax.judges.verdicts import LABELS, Exchange, Judge
 from vdjax.probes import sets
 from vdjax.probes.open_ended import degenerate
@@ -226,13 +228,21 @@ def _why_no_pair(usable: dict[str, list[tuple[str, tuple[int, ...]]]]) -> str:
 
 
 class _Kept:
-    """Answers and stances by the hash of all that they depend on; new ones are asked for and written down."""
+    """Answers and stances by the hash of all that they depend on; new ones are asked for and written down.
+
+    The file has a line [hash, value] for each, and is only added to.
+    """
 
     def __init__(self, file: Path | None, generator: Generator, judge: Judge) -> None:
         self.file, self.generator, self.verdicts = file, generator, judge
         self.known: dict[str, Any] = {}
         if file is not None and file.exists():
-            self.known = json.loads(file.read_text(encoding="utf-8"))
+            # Without what comes after the last whole line: the process may have been stopped while it wrote.
+            content = file.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            self.known = dict(json.loads(line) for line in whole.splitlines())
+            if jax.process_index() == 0:
+                os.truncate(file, len(whole))
 
     def write(self, asked: Sequence[Asked]) -> list[Said]:
         names = [_hash("said", self.generator.hash, request) for request in asked]
@@ -250,8 +260,9 @@ class _Kept:
 
     def _add(self, new: dict[str, Any]) -> None:
         self.known |= new
-        if self.file is not None:
-            write_whole(self.file, json.dumps(self.known, ensure_ascii=False))
+        if self.file is not None and jax.process_index() == 0:
+            with open(self.file, "a", encoding="utf-8") as out:
+                out.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in new.items())
 
 
 def _hash(*parts: Any) -> str:
