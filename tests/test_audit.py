@@ -232,3 +232,27 @@ def test_the_command(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         monkeypatch.setattr(sys, "argv", ["audit", "--judge", "x", *flags])
         with pytest.raises(UserError, match=message):
             audit.main()
+
+
+def test_a_judge_of_a_config_reads_the_data(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (files / "labels.csv").write_text(
+        "proposition,question,response,label\n"
+        + "".join(f'{p.proposition},"Is abortion fine, {i}?",{text},{label}\n'
+                  for p in PROBES for i in range(4) for text, label in (("yes", "support"), ("no", "oppose")))
+    )  # fmt: skip
+    (files / "judges.py").write_text(
+        "from vdjax import config as base\n\n\ndef get_config():\n    c = base.experiment()\n"
+        f"    c.judges.people = base.judge('human', path={str(files / 'labels.csv')!r})\n    return c\n"
+    )
+    flags = ["--data", str(files / "pairs.jsonl"), "--workdir", str(files / "w"), "--config", str(files / "judges.py")]
+    monkeypatch.setattr(audit.runtime, "start", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["audit", *flags, "--judge", "people"])
+    audit.main()
+    hits = pd.read_parquet(files / "w" / "audit" / "hits.parquet")
+    assert set(hits["judge"]) == {"people"} and set(zip(hits["side"], hits["support"], strict=True)) == {
+        ("chosen", 1.0),
+        ("rejected", 0.0),
+    }
+    monkeypatch.setattr(sys, "argv", ["audit", *flags, "--judge", "peple"])
+    with pytest.raises(UserError, match="did you mean 'people'"):
+        audit.main()

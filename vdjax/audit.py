@@ -297,7 +297,8 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", metavar="PATH[,PATH]", help="files, directories or hub ids; each a data set of its own")
     what.add_argument("--run", type=Path, metavar="WORKDIR", help="audits the data of a run's stages")
-    parser.add_argument("--judge", required=True, help="directory or hub id of a model; or a judge of the run's config")
+    parser.add_argument("--judge", required=True, help="directory or hub id of a model; or a judge of --config or the run")
+    parser.add_argument("--config", default="", metavar="FILE.py[:ARG]", help="a config with that judge, of any kind")
     parser.add_argument("--template", default="", help="of a model as judge (vdjax/judges/templates)")
     parser.add_argument("--source", default="auto", help="schema of the data (vdjax.data.sources)")
     parser.add_argument("--kind", choices=tuple(SIDES), help="default: preference where the data have pairs")
@@ -316,7 +317,15 @@ def main() -> None:
     if not flags.run:
         config.data = configs.stage("sft").data
         config.data.source = flags.source
-    configs.override_only(config, overrides, "mesh", *["data"] * (not flags.run))
+    from vdjax.judges.open import judge_of_flags, open_judge
+
+    if not flags.config and flags.judge in config.get("judges", {}):
+        name, fields = flags.judge, config.judges[flags.judge]
+    else:
+        name, fields = judge_of_flags(config, flags.judge, flags.template, flags.config)
+    configs.override_only(
+        config, overrides, "mesh", *["data"] * (not flags.run), *["judges"] * (name in config.get("judges", {}))
+    )
     probes = sets.load(flags.probes or config.probes.path, topics=flags.topics or config.probes.topics or None)
     drift_file = flags.run / "drift" / "drift.csv" if flags.run else None
     if drift_file and not drift_file.exists():
@@ -326,18 +335,11 @@ def main() -> None:
     import jax
 
     from vdjax import sharding
-    from vdjax.judges.open import open_judge
 
     workdir = flags.workdir or flags.run
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     with jax.set_mesh(mesh):
-        if flags.judge in config.get("judges", {}):
-            fields = config.judges[flags.judge]
-        else:
-            fields = configs.judge(
-                "local", path=flags.judge, **({"template": flags.template} if flags.template else {})
-            )
-        judge = open_judge(Path(flags.judge).name, fields, mesh, workdir / "judgements" / "calls")
+        judge = open_judge(name, fields, mesh, workdir / "judgements" / "calls")
         if flags.run:
             audited = audit_run(config, probes, judge, flags.max_per_topic)
         else:
