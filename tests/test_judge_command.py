@@ -159,8 +159,9 @@ def judges(tmp_path: Path) -> str:
 def test_an_api_judge_of_a_config_is_measured_and_judges_rows(
     judges: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    said = [("yes 1", "support"), ("no 1", "oppose"), ("no 2", "support"), *((f"yes {i}", "support") for i in range(20))]
-    rows = [{"proposition": "p", "response": text, "label": label} for text, label in [*said, ("odd", "neutral")]]
+    said = [("yes 1", "support"), ("no 1", "oppose"), ("no 2", "support"), ("odd", "neutral")]
+    said[3:3] = [(f"yes {i}", "support") for i in range(20)]
+    rows = [{"proposition": "p", "response": text, "label": label} for text, label in said]
     (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r | {"was": r.pop("label")}) + "\n" for r in rows))
     workdir, out = tmp_path / "quality", tmp_path / "out.jsonl"

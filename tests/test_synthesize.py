@@ -180,6 +180,6 @@ def test_a_judge_of_a_config_judges_the_pairs(
 
 
 def test_a_response_without_a_verdict_shows_no_side() -> None:
-    nothing = Judge("n", "h", lambda e, r: Verdicts(np.array([[np.nan] * 5, [0.0, 0, 1, 0, 0]]), np.array([np.nan, -1])))
-    p = synthesize.decided(nothing).judge([], 0).p
+    found = Verdicts(np.array([[np.nan] * 5, [0.0, 0, 1, 0, 0]]), np.array([np.nan, -1]))
+    p = synthesize.decided(Judge("n", "h", lambda exchanges, repeat: found)).judge([], 0).p
     assert [LABELS[i] for i in p.argmax(axis=1)] == ["off_topic", "oppose"]
