@@ -12,7 +12,7 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
@@ -31,6 +31,8 @@ from vdjax.errors import UserError
 BACKOFF_S = 1.0  # before the first retry; doubled for each further one
 LONGEST_WAIT_S = 600.0  # a server that asks for more is given up
 TOKENS_A_MESSAGE = 32  # at most, for its role and marks
+LIMITS = ("max_tokens", "max_completion_tokens")  # of what a reply may hold, thoughts among it
+OURS = ("model", "messages", "n", "stream", "logprobs", "top_logprobs")  # what `extra` cannot set
 
 
 class Endpoint(NamedTuple):
@@ -47,6 +49,7 @@ class Endpoint(NamedTuple):
     max_usd: float
     usd_per_million_input: float
     usd_per_million_output: float
+    extra: Mapping[str, Any] = {}  # put into every request's body as it is; None takes a field out of it
 
 
 class Request(NamedTuple):
@@ -70,6 +73,10 @@ class Reply(NamedTuple):
 class Spent(NamedTuple):
     calls: int
     usd: float
+
+
+class Refused(UserError):
+    """The server understood the request and does not take it (status 400 or 422)."""
 
 
 class _Unavailable(Exception):
@@ -104,6 +111,23 @@ def check(endpoint: Endpoint) -> None:
     for name, low in {"concurrency": 1, "timeout_s": 0.01, **zero}.items():
         if not getattr(endpoint, name) >= low:
             raise UserError(f"{name}={getattr(endpoint, name)!r}, expected at least {low}")
+    _check_extra(endpoint.extra)
+
+
+def _check_extra(extra: Mapping[str, Any]) -> None:
+    for name in extra:
+        if name in OURS:
+            raise UserError(f"extra.{name}: cannot be set; {', '.join(OURS)} are what is asked")
+    try:
+        json.dumps(extra)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"extra: is not what JSON can say: {error}") from error
+    for name in LIMITS:
+        value = extra.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise UserError(f"extra.{name}={value!r}, expected a number of tokens")
+    if "max_tokens" in extra and not any(extra.get(name) for name in LIMITS):
+        raise UserError("extra.max_tokens=None: set extra.max_completion_tokens, for a call's cost must have a bound")
 
 
 def ask(endpoint: Endpoint, requests: Sequence[Request], cache: Path, what: str = "calls") -> list[Reply]:
@@ -132,6 +156,26 @@ def ask(endpoint: Endpoint, requests: Sequence[Request], cache: Path, what: str 
     return [known[name] for name in names]
 
 
+def serves_log_probs(endpoint: Endpoint, request: Request, cache: Path, what: str = "calls") -> bool:
+    """Whether replies to such a request have log-probs: some servers leave them out, others refuse to be asked.
+
+    One call or two, which are kept in `cache` like all; with them there, none.
+
+    Raises:
+      UserError: as `ask`, and where the request is refused without log-probs too.
+    """
+    plain = request._replace(top_logprobs=0)
+    with _open(cache) as db:
+        if _known(db, [request_hash(endpoint, plain)]):
+            return False
+    try:
+        [reply] = ask(endpoint, [request], cache, what)
+    except Refused:
+        ask(endpoint, [plain], cache, what)
+        return False
+    return reply.top_logprobs is not None
+
+
 def spent(endpoint: Endpoint, cache: Path) -> Spent:
     """What the model at this endpoint has cost so far, by this cache."""
     with _open(cache) as db:
@@ -139,14 +183,17 @@ def spent(endpoint: Endpoint, cache: Path) -> Spent:
 
 
 def request_hash(endpoint: Endpoint, request: Request) -> str:
-    text = json.dumps([endpoint.base_url.rstrip("/"), endpoint.model, request])
+    parts: list[Any] = [endpoint.base_url.rstrip("/"), endpoint.model, request]
+    text = json.dumps([*parts, *([endpoint.extra] if endpoint.extra else [])], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def cost_bound(endpoint: Endpoint, request: Request) -> float:
     """Dollars that a call costs at most: no tokenizer makes more than a token of a byte."""
+    body = _body(endpoint, request)
     tokens = sum(len(content.encode()) + TOKENS_A_MESSAGE for _, content in request.messages) + TOKENS_A_MESSAGE
-    return _usd(endpoint, tokens, request.max_tokens)
+    tokens += len(json.dumps(endpoint.extra).encode()) if endpoint.extra else 0
+    return _usd(endpoint, tokens, max(body[name] for name in LIMITS if name in body))
 
 
 def _usd(endpoint: Endpoint, input_tokens: int, output_tokens: int) -> float:
@@ -281,7 +328,8 @@ def _ask_missing(line: _Line, missing: dict[str, Request], what: str) -> None:
         raise problems[0]
     left = len(missing) - len(_known(line.db, list(missing)))
     after = f"{left} of {len(missing)} requests are left; the same command goes on with them"
-    raise UserError(f"{problems[0]}. {after}") from None
+    kind = Refused if isinstance(problems[0], Refused) else UserError
+    raise kind(f"{problems[0]}. {after}") from None
 
 
 def _ask_one(line: _Line, client: httpx2.Client, name: str, request: Request) -> None:
@@ -325,7 +373,7 @@ def _attempt(line: _Line, client: httpx2.Client, name: str, request: Request) ->
                 line.settle(call, 0.0)
             message = f"{where}: HTTP status {status}: {_server_message(response, line.key)}"
             if status != 429 and status < 500:
-                raise UserError(message)
+                raise (Refused if status in (400, 422) else UserError)(message)
             raise _Unavailable(message, _hold(line, response, message))
         reply = _parse(response, where, line.key)
         told = min(reply.input_tokens, reply.output_tokens) >= 0
@@ -346,7 +394,7 @@ def _body(endpoint: Endpoint, request: Request) -> dict[str, Any]:
         body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
     if request.seed is not None:
         body["seed"] = request.seed
-    return body
+    return {name: value for name, value in (body | dict(endpoint.extra)).items() if value is not None}
 
 
 def _hold(line: _Line, response: httpx2.Response, message: str) -> float | None:

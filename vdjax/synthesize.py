@@ -39,7 +39,7 @@ from vdjax.values import synthetic
 from vdjax.values.synthetic import Asked, Generator, Said
 
 # --config.generator.*, of --generator api
-ENDPOINT = {name: configs.JUDGES["api"][name] for name in chat_api.Endpoint._fields}
+ENDPOINT: dict[str, Any] = {name: configs.JUDGES["api"][name] for name in chat_api.Endpoint._fields}
 
 
 def local_generator(opened: LanguageModel, sampling: Sampling) -> Generator:
@@ -79,7 +79,7 @@ def prompt_ids(asked: Asked, opened: LanguageModel) -> list[int]:
 
 def api_generator(endpoint: chat_api.Endpoint, sampling: Sampling, cache: Path) -> Generator:
     """A generator behind an endpoint. What it has written once is in `cache` and not paid for again."""
-    where = (endpoint.base_url.rstrip("/"), endpoint.model)
+    where = (endpoint.base_url.rstrip("/"), endpoint.model, *([endpoint.extra] if endpoint.extra else []))
 
     def write(asked: Sequence[Asked]) -> list[Said]:
         requests = [

@@ -42,7 +42,7 @@ def check_judge(name: str, fields: ConfigDict) -> None:
     if fields.kind == "local":
         local.check_local(name, fields)
     elif fields.kind == "api":
-        api.open_api(name, fields, Path())
+        api.check_api(name, fields)
     else:
         human.open_human(name, fields)
 
