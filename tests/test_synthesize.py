@@ -1,5 +1,6 @@
 """The command that writes synthetic pairs: generators, files, and that it does the same twice."""
 
+import dataclasses
 import json
 import sys
 import zlib
@@ -48,6 +49,21 @@ def test_a_local_generator(opened: LanguageModel, monkeypatch: pytest.MonkeyPatc
         opened.tokenizer,
         opened.template,
     )
+    told = dataclasses.replace(
+        opened.template,
+        text=opened.template.text + "{% if enable_thinking is false %}At once.{% endif %}",
+        options={"enable_thinking": False},
+    )
+    at_once = synthesize.prompt_ids(asked[0], opened._replace(template=told))
+    assert chat.decode(at_once, opened.tokenizer).endswith("assistant\nAt once.")
+    with jax.set_mesh(opened.mesh):
+        off, on = (
+            synthesize.local_generator(
+                opened._replace(template=dataclasses.replace(told, options=o)), Sampling(12, 1.0)
+            ).hash
+            for o in (told.options, {})
+        )
+    assert off != on
     empty = Asked("", "Question?", (0,))
     assert synthesize.prompt_ids(empty, opened) == chat.prompt_ids(
         [{"role": "user", "content": "Question?"}], opened.tokenizer, opened.template

@@ -26,7 +26,7 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain",
 # What may differ between two runs in one workdir: how the work is laid out and shown, and what snapshots are asked.
 FREE_FIELDS = (
     *("mesh.", "log_every", "resume_every", "model.unroll", "model.remat"),
-    *("probes.", "judges.", "judge_quality."),
+    *("probes.", "judges.", "judge_quality.", "tokenizer.template_options."),
 )
 
 

@@ -49,7 +49,8 @@ def setup(config: ConfigDict) -> Setup:
         hf_config = model_config.to_hf(cfg, dtype=config.model.param_dtype, **ids)
     if len(tok) > cfg.vocab_size:
         raise UserError(f"the tokenizer has {len(tok)} tokens, the model a vocabulary of {cfg.vocab_size}")
-    template = chat.pick_template(tok, config.tokenizer.chat_template)
+    options = config.tokenizer.get("template_options", chat.NO_THOUGHTS)  # runs made before there were any have none
+    template = chat.pick_template(tok, config.tokenizer.chat_template, dict(options))
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     for field in ("num_heads", "intermediate_size"):
         if getattr(cfg, field) % mesh.shape["tensor"]:

@@ -45,6 +45,8 @@ ENDPOINT: dict[str, Any] = {name: configs.JUDGES["api"][name] for name in chat_a
 def local_generator(opened: LanguageModel, sampling: Sampling) -> Generator:
     """A generator from a loaded model; call it under `jax.set_mesh(opened.mesh)`."""
     parts = identity(opened) | {"sampling": sampling}
+    if opened.template.options:
+        parts |= {"template_options": dict(opened.template.options)}
 
     def write(asked: Sequence[Asked]) -> list[Said]:
         samples = generate(
@@ -69,7 +71,8 @@ def prompt_ids(asked: Asked, opened: LanguageModel) -> list[int]:
     """The request as system and user message; UserError where the chat template cannot write it."""
     messages: list[Message] = [{"role": "system", "content": asked.system}, {"role": "user", "content": asked.user}]
     try:
-        return chat.prompt_ids([m for m in messages if m["content"].strip()], opened.tokenizer, opened.template)
+        said = [m for m in messages if m["content"].strip()]
+        return chat.prompt_ids(said, opened.tokenizer, opened.template, sampled=True)
     except Dropped as dropped:
         raise UserError(
             f"the generator cannot be asked ({dropped}): {asked.user[:200]!r}; a template of one's own may leave "
@@ -141,7 +144,8 @@ def main() -> None:
     config = configs.experiment()
     config.generator = ConfigDict(ENDPOINT)
     name, fields = judge_of_flags(config, flags.judge, flags.template, flags.config)
-    groups = ["mesh", *["generator"] * (flags.generator == "api"), *["judges"] * bool(flags.config)]
+    own = "generator" if flags.generator == "api" else "tokenizer.template_options"
+    groups = ["mesh", own, *["judges"] * bool(flags.config)]
     configs.override_only(config, overrides, *groups)
     template = synthetic.read_template(flags.instructions)
     tasks = read_tasks(flags)
@@ -159,7 +163,7 @@ def main() -> None:
         if flags.generator == "api":
             generator = api_generator(endpoint, sampling, cache)
         else:
-            mesh_flags = [override for override in overrides if override.startswith("--config.mesh.")]
+            mesh_flags = [flag for flag in overrides if flag.startswith(("--config.mesh.", "--config.tokenizer."))]
             generator = local_generator(open_model(flags.generator, "auto", mesh_flags), sampling)
         judge = decided(open_judge(name, fields, mesh, flags.out.with_name(f"{flags.out.name}.calls")))
         chosen = synthetic.Settings(flags.attempts, flags.max_ratio, flags.seed)
