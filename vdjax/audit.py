@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from vdjax import config as configs
-from vdjax import runtime
+from vdjax import runs, runtime
 from vdjax.cli import run_cli
 from vdjax.data import mixture, pipeline, sources
 from vdjax.data.examples import Counts, Example
@@ -339,7 +339,7 @@ def main() -> None:
     workdir = flags.workdir or flags.run
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     with jax.set_mesh(mesh):
-        judge = open_judge(name, fields, mesh, workdir / "judgements" / "calls")
+        judge = open_judge(name, fields, mesh, runs.calls(workdir))
         if flags.run:
             audited = audit_run(config, probes, judge, flags.max_per_topic)
         else:

@@ -103,7 +103,7 @@ JUDGES: dict[str, dict[str, Any]] = {  # kinds of judges and their fields
         "requests_per_minute": 0.0,  # 0: no limit
         "max_retries": 5,
         "timeout_s": 60.0,
-        "max_calls": 10_000,  # over all runs with this workdir (of a study: of each experiment) ...
+        "max_calls": 10_000,  # over all runs with this workdir, or all experiments of a study ...
         "max_usd": 1.0,  # ... and what they may cost
         "usd_per_million_input": -1.0,  # must be given; 0 for a server of your own
         "usd_per_million_output": -1.0,

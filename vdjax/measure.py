@@ -163,7 +163,7 @@ def judge(config: ConfigDict, made: Setup, asked: Questions, stages: Sequence[st
     """Has every judge judge the responses of these stages: judgements/JUDGE/STAGE.parquet."""
     judges = []
     for name in config.probes.judges:
-        opened = remembering(open_judge(name, config.judges[name], made.mesh, workdir / "judgements" / "calls"))
+        opened = remembering(open_judge(name, config.judges[name], made.mesh, runs.calls(workdir)))
         for stage in stages:
             said = pd.read_parquet(workdir / "responses" / f"{stage}.parquet")
             exchanges, keys = score_table.exchanges(said, asked.probes)

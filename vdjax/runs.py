@@ -73,6 +73,12 @@ def snapshot_params(config: ConfigDict, name: str, step: int, made: Setup, workd
     return jax.jit(merged)(lora.join(base, adapters))
 
 
+def calls(workdir: Path) -> Path:
+    """Where replies of APIs are kept and counted: with the study that an experiment belongs to, or in its workdir."""
+    of_study = workdir.parent / "judgements" / "calls"
+    return of_study if of_study.is_dir() else workdir / "judgements" / "calls"
+
+
 def done(workdir: Path, name: str) -> dict[str, Any]:
     return json.loads((workdir / name / "done.json").read_text())
 
