@@ -239,3 +239,11 @@ def test_the_judge_s_quality_is_shown(tmp_path: Path) -> None:
         "path": "labels.csv",
         "quality": {"judge_hash": "hash", "topics": []},
     }
+
+
+@pytest.mark.parametrize(("template", "noiseless"), [("trained-v1", True), ("stance-v1", False)])
+def test_a_judge_that_shows_no_options_has_no_noise_of_its_own(template: str, noiseless: bool) -> None:
+    config = configs.experiment()
+    config.judges.anna = configs.judge("local", path="DIR", template=template)
+    facts = findings.judge_facts(config, Judge("anna", "hash", lambda e, r: Verdicts(np.zeros((0, 5)), np.zeros(0))))
+    assert facts.get("noiseless", False) == noiseless
