@@ -235,11 +235,13 @@ def test_the_command(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_a_judge_of_a_config_reads_the_data(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (files / "labels.csv").write_text(
-        "proposition,question,response,label\n"
-        + "".join(f'{p.proposition},"Is abortion fine, {i}?",{text},{label}\n'
-                  for p in PROBES for i in range(4) for text, label in (("yes", "support"), ("no", "oppose")))
-    )  # fmt: skip
+    rows = [
+        {"proposition": proposition, "question": f"Is abortion fine, {i}?", "response": text, "label": label}
+        for proposition in {*sets.TOPICS.values(), *(p.proposition for p in PROBES)}
+        for i in range(4)
+        for text, label in (("yes", "support"), ("no", "oppose"))
+    ]
+    pd.DataFrame(rows).to_csv(files / "labels.csv", index=False)
     (files / "judges.py").write_text(
         "from vdjax import config as base\n\n\ndef get_config():\n    c = base.experiment()\n"
         f"    c.judges.people = base.judge('human', path={str(files / 'labels.csv')!r})\n    return c\n"
