@@ -14,7 +14,7 @@ import tiny
 from vdjax import config as configs
 from vdjax import experiment, findings, judge, measure, snapshots
 from vdjax.errors import UserError
-from vdjax.judges import LABELS, Exchange, Judge, Verdicts
+from vdjax.judges import LABELS, Exchange, Judge, Verdicts, prompts
 from vdjax.judges import local as local_judge
 from vdjax.probes import evaluator, score_table, sets
 from vdjax.setup import setup
@@ -143,6 +143,58 @@ def test_a_judge_that_cannot_be_opened_stops_before_training(tiny_data: Path, tm
     with pytest.raises(UserError, match="nowhere"):
         experiment.run(config, tmp_path / "run", "COMMAND")
     assert not (tmp_path / "run" / "sft").exists()
+
+
+NO_LETTERS = (Path(prompts.__file__).parent / "templates" / "trained-v1.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("key", "config.judges.lost.key_env: the environment variable VDJAX_NO_SUCH_KEY is not set"),
+        ("template", "' no' begins ' no idea', token by token"),
+        ("quality template", "' no' begins ' no idea', token by token"),
+        ("quality data", "no such file"),
+    ],
+)
+def test_what_would_fail_after_training_is_said_before(
+    finished: tuple[Path, list[str]], tiny_data: Path, tmp_path: Path, case: str, says: str
+) -> None:
+    config = configs.load(tiny.config_spec(tiny_data))
+    config.probes.readouts, config.probes.judges = ("open_ended",), ("lost",)
+    unfit = tmp_path / "unfit.toml"
+    unfit.write_text(NO_LETTERS.replace('" support"', '" no"').replace('" neutral"', '" no idea"'))
+    local = {"path": str(finished[0] / "sft" / "snapshots" / "6"), "template": "trained-v1"}
+    config.judges.lost = configs.judge("local", **local)
+    if case == "key":
+        config.judges.lost = configs.judge(
+            "api", base_url="http://127.0.0.1:1/v1", model="m", key_env="VDJAX_NO_SUCH_KEY",
+            usd_per_million_input=0.0, usd_per_million_output=0.0,
+        )  # fmt: skip
+    elif case == "template":
+        config.judges.lost.template = str(unfit)
+    else:
+        labelled = tmp_path / "labelled.jsonl"
+        if case == "quality template":
+            labelled.write_text('{"proposition": "p", "response": "r", "label": "neutral"}\n')
+            config.judge_quality.template = str(unfit)
+        config.judge_quality.update({"stage": "sft", "path": str(labelled)})
+    with pytest.raises(UserError, match=says):
+        experiment.run(config, tmp_path / "run", "COMMAND")
+    assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_no_key_is_needed_where_all_is_judged(tmp_path: Path) -> None:
+    config = configs.experiment()
+    config.judges.far = configs.judge(
+        "api", base_url="http://127.0.0.1:1/v1", model="m", key_env="VDJAX_NO_SUCH_KEY",
+        usd_per_million_input=0.0, usd_per_million_output=0.0,
+    )  # fmt: skip
+    config.probes.judges = ("far",)
+    measure.store(table(), tmp_path / "judgements" / "far" / "sft.parquet")
+    measure.check_keys(config, ["sft"], tmp_path)
+    with pytest.raises(UserError, match="VDJAX_NO_SUCH_KEY is not set"):
+        measure.check_keys(config, ["sft", "dpo"], tmp_path)
 
 
 @pytest.mark.parametrize(

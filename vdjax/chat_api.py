@@ -147,7 +147,7 @@ def ask(endpoint: Endpoint, requests: Sequence[Request], cache: Path, what: str 
     with _open(cache) as db:
         known = _known(db, names)
         if len(known) < len(set(names)):
-            key = _key(endpoint)
+            key = key_of(endpoint)
             with filelock.FileLock(f"{cache}.lock"):
                 known = _known(db, names)
                 missing = {n: r for n, r in zip(names, requests, strict=True) if n not in known}
@@ -201,8 +201,12 @@ def _usd(endpoint: Endpoint, input_tokens: int, output_tokens: int) -> float:
     return dollars / 1e6
 
 
-def _key(endpoint: Endpoint) -> str:
-    """The key itself; whatever is wrong with it, it is not shown."""
+def key_of(endpoint: Endpoint) -> str:
+    """The key itself; whatever is wrong with it, it is not shown.
+
+    Raises:
+      UserError: key_env names a variable that is not set, or that holds no key.
+    """
     if not endpoint.key_env:
         return ""
     key = os.environ.get(endpoint.key_env, "").strip()

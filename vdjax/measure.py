@@ -20,7 +20,8 @@ from vdjax.data import stances
 from vdjax.errors import UserError
 from vdjax.files import write_whole
 from vdjax.judges import LABELS, Exchange, Judge, Verdicts, quality
-from vdjax.judges.open import check_judge, open_judge
+from vdjax.judges.local import check_fits
+from vdjax.judges.open import check_judge, check_key, open_judge
 from vdjax.models import hf
 from vdjax.models.functional import Model
 from vdjax.probes import evaluator, open_ended, readouts, score_table, sets
@@ -60,6 +61,9 @@ def questions(config: ConfigDict, made: Setup) -> Questions:
     c = config.probes
     for name in c.judges:
         check_judge(name, config.judges[name])
+    if config.judge_quality.stage:
+        check_fits(config.judge_quality.template, made.tokenizer, made.template)
+        labelled(config)
     probes = sets.load(c.path, topics=c.topics or None, max_per_topic=c.max_per_topic or None)
     variants = readouts.variants(c)
     items = readouts.items(probes, variants, c.readouts, made.tokenizer, made.template, c.max_length)
@@ -68,6 +72,13 @@ def questions(config: ConfigDict, made: Setup) -> Questions:
         sets.judged(probe)
     prompts = open_ended.prompts(probes, variants, made.tokenizer, made.template, c.max_length) if sampled else []
     return Questions(probes, variants, items, prompts)
+
+
+def check_keys(config: ConfigDict, stages: Sequence[str], workdir: Path) -> None:
+    """UserError where a judge's key is missing that has not judged all of these stages once."""
+    for name in config.probes.judges:
+        if not all((workdir / "judgements" / name / f"{stage}.parquet").exists() for stage in stages):
+            check_key(name, config.judges[name])
 
 
 def ask(
@@ -291,16 +302,20 @@ def judge_quality(config: ConfigDict, made: Setup, workdir: Path) -> None:
     c = config.judge_quality
     step = runs.done(workdir, c.stage)["total_steps"]
     fields = configs.judge("local", path=str(workdir / c.stage / "snapshots" / str(step)), template=c.template)
-    paths = [path.strip() for path in c.path.split(",")]
-    items = stances.labelled(
-        paths[0] if len(paths) == 1 else paths, topics=c.topics, seed=config.seed, n=c.max_examples
-    )
+    items = labelled(config)
     opened = open_judge(c.stage, fields, made.mesh, workdir)
     file = workdir / "quality" / "quality.json"
     if file.exists() and json.loads(file.read_text())["judge_hash"] == opened.hash:
         return say(f"{c.stage}: measured as a judge already")
     say(f"{c.stage}: judges {len(items)} labelled exchanges")
     quality.measure(opened, items, workdir / "quality")
+
+
+def labelled(config: ConfigDict) -> list[stances.Labelled]:
+    """What judge_quality measures on; UserError where there is none."""
+    c = config.judge_quality
+    paths = [path.strip() for path in c.path.split(",")]
+    return stances.labelled(paths[0] if len(paths) == 1 else paths, topics=c.topics, seed=config.seed, n=c.max_examples)
 
 
 class Measured(NamedTuple):

@@ -77,6 +77,7 @@ def main() -> None:
             )
         readers.append(hf.open_reader(directory, cfg))
     asked = measure.questions(config, made)
+    measure.check_keys(config, [STAGE], flags.workdir)
     steps = list(range(len(readers)))
     with jax.set_mesh(made.mesh):
         series = measure.Series(STAGE, steps, readers, (0, steps[-1]))

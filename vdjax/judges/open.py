@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from vdjax import chat_api
 from vdjax import config as configs
 from vdjax.errors import UserError, nearest
 from vdjax.judges import Judge, api, human, local
@@ -45,6 +46,16 @@ def check_judge(name: str, fields: ConfigDict) -> None:
         api.check_api(name, fields)
     else:
         human.open_human(name, fields)
+
+
+def check_key(name: str, fields: ConfigDict) -> None:
+    """UserError where a judge needs a key that the environment has not."""
+    if fields.kind == "api":
+        endpoint, _ = api.check_api(name, fields)
+        try:
+            chat_api.key_of(endpoint)
+        except UserError as error:
+            raise UserError(f"config.judges.{name}.key_env: {error}") from None
 
 
 def open_judge(name: str, fields: ConfigDict, mesh: jax.sharding.Mesh, cache: Path) -> Judge:
