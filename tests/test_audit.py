@@ -429,3 +429,29 @@ def test_all_runs_of_a_study(files: Path, monkeypatch: pytest.MonkeyPatch, capsy
         against = pd.read_csv(files / "study" / f"a-seed-{seed}" / "audit" / "against_drift.csv")
         assert the(against, topic="abortion")["gap"] == 2
     assert len(asked) == len(set(asked)) == 8
+
+
+def test_a_judge_of_a_config_reads_the_data(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"proposition": proposition, "question": f"Is abortion fine, {i}?", "response": text, "label": label}
+        for proposition in {*sets.TOPICS.values(), *(p.proposition for p in PROBES)}
+        for i in range(4)
+        for text, label in (("yes", "support"), ("no", "oppose"))
+    ]
+    pd.DataFrame(rows).to_csv(files / "labels.csv", index=False)
+    (files / "judges.py").write_text(
+        "from vdjax import config as base\n\n\ndef get_config():\n    c = base.experiment()\n"
+        f"    c.judges.people = base.judge('human', path={str(files / 'labels.csv')!r})\n    return c\n"
+    )
+    flags = ["--data", str(files / "pairs.jsonl"), "--workdir", str(files / "w"), "--config", str(files / "judges.py")]
+    monkeypatch.setattr(audit.runtime, "start", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["audit", *flags, "--judge", "people"])
+    audit.main()
+    hits = pd.read_parquet(files / "w" / "audit" / "hits.parquet")
+    assert set(hits["judge"]) == {"people"} and set(zip(hits["side"], hits["support"], strict=True)) == {
+        ("chosen", 1.0),
+        ("rejected", 0.0),
+    }
+    monkeypatch.setattr(sys, "argv", ["audit", *flags, "--judge", "peple"])
+    with pytest.raises(UserError, match="did you mean 'people'"):
+        audit.main()

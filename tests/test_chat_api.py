@@ -397,3 +397,15 @@ def test_null_content_and_refusals_are_text(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "c") as db:
         kept = [json.loads(row[0]) for row in db.execute("SELECT reply FROM replies")]
     assert ["", "stop", None, 10, 1] in kept
+
+
+def test_the_bound_of_a_cost_is_that_of_what_is_sent() -> None:
+    """Thoughts are paid for: the limit that is sent counts, and the text of the extra fields."""
+    priced = endpoint("http://h/v1", usd_per_million_input=1.0, usd_per_million_output=1000.0)
+    request = chat_api.Request((("user", "hello"),), 0.0, 1)
+    bound = chat_api.cost_bound(priced, request)
+    extra = {"max_tokens": None, "max_completion_tokens": 2000}
+    more = chat_api.cost_bound(priced._replace(extra=extra), request)
+    assert more - bound == pytest.approx(1999 * 1e-3 + len(json.dumps(extra)) * 1e-6)
+    assert chat_api.cost_bound(priced._replace(extra={"max_completion_tokens": 9}), request) > 9e-3
+    assert chat_api.request_hash(priced, request) != chat_api.request_hash(priced._replace(extra=extra), request)

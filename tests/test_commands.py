@@ -1,6 +1,7 @@
 """The other commands, on the workdir of the tiny experiment: dry run, inspect, export, probe, and their errors."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -17,9 +18,10 @@ import tiny
 from flax import nnx
 from ml_collections import ConfigDict
 
-from vdjax import cli, experiment, export, inspect, main, models, probe, runtime, sharding, snapshots
+from vdjax import cli, experiment, export, inspect, main, measure, models, probe, runtime, sharding, snapshots
 from vdjax import config as configs
 from vdjax.errors import UserError
+from vdjax.judges import local
 from vdjax.models import hf, transformer
 from vdjax.models.functional import shardings
 
@@ -150,6 +152,14 @@ def test_probe_takes_judges_from_a_config(
         pd.testing.assert_frame_equal(
             one.sort_values(["step", "probe_id"], ignore_index=True)[columns], swapped[columns], atol=1e-5
         )
+    with monkeypatch.context() as patch:  # the same questions to the same models: nothing is asked again
+        patch.setattr(measure, "answers", None)
+        patch.setattr(measure, "responses", None)
+        patch.setattr(local, "label_log_probs", None)
+        assert run(probe, monkeypatch, "--models", *map(str, exported[::-1]), *arguments) == 0
+        os.utime(exported[0] / "model.safetensors", (1, 1))
+        with pytest.raises(TypeError):
+            run(probe, monkeypatch, "--models", *map(str, exported[::-1]), *arguments)
     assert run(probe, monkeypatch, "--models", str(exported[0]), *arguments, "--config.probes.judges=()") == 2
     assert "go together" in capsys.readouterr().err
 

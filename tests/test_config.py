@@ -88,6 +88,23 @@ def test_files_that_are_none(write: Path) -> None:
         configs.load(str(write))
 
 
+def test_the_extra_fields_of_an_endpoint_are_whatever_they_are_given() -> None:
+    c = configs.experiment()
+    c.judges.api = configs.judge("api", extra={"max_tokens": None, "chat_template_kwargs": {"enable_thinking": True}})
+    for flag in ("reasoning_effort=low", "chat_template_kwargs.enable_thinking=False", "chat_template_kwargs.more=[1]"):
+        configs.override(c, f"--config.judges.api.extra.{flag}")
+    configs.override(c, "--config.judges.api.extra.other={'a': None}")
+    kwargs = {"enable_thinking": False, "more": [1]}
+    want = {"max_tokens": None, "chat_template_kwargs": kwargs, "reasoning_effort": "low", "other": {"a": None}}
+    assert c.judges.api.extra.to_dict() == want
+    assert json.loads(configs.to_json(c))["judges"]["api"]["extra"] == want
+    assert configs.judge("api").extra.to_dict() == {}
+    with pytest.raises(UserError, match="--config.judges.api.extra.new is no field"):
+        configs.override(c, "--config.judges.api.extra.new.field=1")
+    with pytest.raises(UserError, match="did you mean 'extra'"):
+        configs.judge("api", extras={})
+
+
 def test_stage_fields() -> None:
     stage = configs.stage("simpo", batch_size=4, hyper={"gamma": 2}, data={"options": {"anything": 1}})
     assert (stage.batch_size, stage.hyper.gamma, stage.hyper.beta) == (4, 2.0, 2.0)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from fake_chat_server import Answer, completion, serve
 from test_commands import run
 
 from vdjax import config as configs
@@ -128,3 +129,72 @@ def test_a_judge_that_is_none_is_refused(snapshot: Path) -> None:
         open_local("mine", configs.judge("local"), MESH)
     with pytest.raises(UserError, match="only --config.mesh can be chosen"):
         open_local("mine", configs.judge("local", path=str(snapshot), revision="main"), MESH)
+
+
+CONFIG = """
+from vdjax import config as base
+
+def get_config():
+    c = base.experiment()
+    c.judges.remote = base.judge("api", base_url="http://127.0.0.1:1/v1", model="m", concurrency=1,
+                                 usd_per_million_input=0, usd_per_million_output=0)
+    return c
+"""
+
+
+def says(body: dict[str, Any], n: int) -> Answer:
+    """Supports what says yes, in whatever order the options are; no letter for what is odd."""
+    text = body["messages"][0]["content"]
+    wanted = "strongly supports" if "<response>\nyes" in text else "strongly opposes"
+    line = next(line for line in text.splitlines() if f"The response {wanted}" in line)
+    return completion("Well", {"Well": -0.01}) if "odd" in text else completion(line[0], {line[0]: -0.1})
+
+
+@pytest.fixture
+def judges(tmp_path: Path) -> str:
+    (tmp_path / "judges.py").write_text(CONFIG)
+    return str(tmp_path / "judges.py")
+
+
+def test_an_api_judge_of_a_config_is_measured_and_judges_rows(
+    judges: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    said = [("yes 1", "support"), ("no 1", "oppose"), ("no 2", "support"), ("odd", "neutral")]
+    said[3:3] = [(f"yes {i}", "support") for i in range(20)]
+    rows = [{"proposition": "p", "response": text, "label": label} for text, label in said]
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r | {"was": r.pop("label")}) + "\n" for r in rows))
+    workdir, out = tmp_path / "quality", tmp_path / "out.jsonl"
+    with serve(says) as server:
+        chosen = ["--judge", "remote", "--config", judges, f"--config.judges.remote.base_url={server.url}"]
+        labelled = ["--labelled", str(tmp_path / "labelled.jsonl"), "--workdir", str(workdir)]
+        assert run(judge, monkeypatch, *chosen, *labelled) == 0
+        paid = len(server.seen)
+        assert run(judge, monkeypatch, *chosen, *labelled) == 0
+        assert len(server.seen) == paid
+        assert run(judge, monkeypatch, *chosen, "--rows", str(tmp_path / "rows.jsonl"), "--out", str(out)) == 0
+    assert "no verdict on 1 of 24, which are left out" in capsys.readouterr().err
+    found = json.loads((workdir / "quality.json").read_text())
+    whole = found["topics"][0]
+    assert (whole["n"], whole["directed"]) == (23, 23) and whole["accuracy"] == pytest.approx(22 / 23)
+    assert whole["ece"] == pytest.approx(1 / 23) and found["judge"] == "remote"
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["support"] for row in written[:3]] == [1, 0, 0] and written[1]["graded"] == -1
+    assert {written[-1][key] for key in (*LABELS, "graded")} == {None}
+    assert {row["judge_hash"] for row in written} == {found["judge_hash"]}
+
+
+def test_a_judge_that_the_config_has_not_is_named(
+    judges: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"proposition": "p", "response": "r"}\n')
+    files = ["--rows", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    for flags, says_ in (
+        (["--judge", "remot", "--config", judges], "did you mean 'remote'"),
+        (["--judge", "remote", "--config", judges, "--template", "stance-v1"], "--template: is for a model as judge"),
+        (["--judge", "remote", "--config", "nowhere.py"], "no such file"),
+        (["--judge", "remote", "--config.judges.remote.votes=3"], "unknown flag"),
+    ):
+        assert run(judge, monkeypatch, *flags, *files) == 2
+        assert says_ in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()

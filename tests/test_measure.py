@@ -14,9 +14,9 @@ import tiny
 from vdjax import config as configs
 from vdjax import experiment, findings, judge, measure, snapshots
 from vdjax.errors import UserError
-from vdjax.judges import LABELS, Exchange, Judge, Verdicts
+from vdjax.judges import LABELS, Exchange, Judge, Verdicts, prompts
 from vdjax.judges import local as local_judge
-from vdjax.probes import score_table, sets
+from vdjax.probes import evaluator, score_table, sets
 from vdjax.setup import setup
 
 KEYS = dict(zip(score_table.RESPONSE, ("sft", 0, "p", 0, 0, 0), strict=True))
@@ -145,6 +145,58 @@ def test_a_judge_that_cannot_be_opened_stops_before_training(tiny_data: Path, tm
     assert not (tmp_path / "run" / "sft").exists()
 
 
+NO_LETTERS = (Path(prompts.__file__).parent / "templates" / "trained-v1.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("key", "config.judges.lost.key_env: the environment variable VDJAX_NO_SUCH_KEY is not set"),
+        ("template", "' no' begins ' no idea', token by token"),
+        ("quality template", "' no' begins ' no idea', token by token"),
+        ("quality data", "no such file"),
+    ],
+)
+def test_what_would_fail_after_training_is_said_before(
+    finished: tuple[Path, list[str]], tiny_data: Path, tmp_path: Path, case: str, says: str
+) -> None:
+    config = configs.load(tiny.config_spec(tiny_data))
+    config.probes.readouts, config.probes.judges = ("open_ended",), ("lost",)
+    unfit = tmp_path / "unfit.toml"
+    unfit.write_text(NO_LETTERS.replace('" support"', '" no"').replace('" neutral"', '" no idea"'))
+    local = {"path": str(finished[0] / "sft" / "snapshots" / "6"), "template": "trained-v1"}
+    config.judges.lost = configs.judge("local", **local)
+    if case == "key":
+        config.judges.lost = configs.judge(
+            "api", base_url="http://127.0.0.1:1/v1", model="m", key_env="VDJAX_NO_SUCH_KEY",
+            usd_per_million_input=0.0, usd_per_million_output=0.0,
+        )  # fmt: skip
+    elif case == "template":
+        config.judges.lost.template = str(unfit)
+    else:
+        labelled = tmp_path / "labelled.jsonl"
+        if case == "quality template":
+            labelled.write_text('{"proposition": "p", "response": "r", "label": "neutral"}\n')
+            config.judge_quality.template = str(unfit)
+        config.judge_quality.update({"stage": "sft", "path": str(labelled)})
+    with pytest.raises(UserError, match=says):
+        experiment.run(config, tmp_path / "run", "COMMAND")
+    assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_no_key_is_needed_where_all_is_judged(tmp_path: Path) -> None:
+    config = configs.experiment()
+    config.judges.far = configs.judge(
+        "api", base_url="http://127.0.0.1:1/v1", model="m", key_env="VDJAX_NO_SUCH_KEY",
+        usd_per_million_input=0.0, usd_per_million_output=0.0,
+    )  # fmt: skip
+    config.probes.judges = ("far",)
+    measure.store(table(), tmp_path / "judgements" / "far" / "sft.parquet")
+    measure.check_keys(config, ["sft"], tmp_path)
+    with pytest.raises(UserError, match="VDJAX_NO_SUCH_KEY is not set"):
+        measure.check_keys(config, ["sft", "dpo"], tmp_path)
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -168,7 +220,7 @@ def test_an_exchange_is_judged_once() -> None:
         return Verdicts(np.eye(5)[[len(e.response) for e in exchanges]], np.arange(len(exchanges)) / 10)
 
     one, two, three = (Exchange("p", "q", "r" * n) for n in (1, 2, 3))
-    remembering = measure.remembering(Judge("name", "hash", verdicts))
+    remembering = measure.remembering(Judge("name", "hash", verdicts), {})
     first = remembering.judge([one, two, one], 0)
     np.testing.assert_array_equal(first.p, np.eye(5)[[1, 2, 1]])
     np.testing.assert_array_equal(first.graded, [0, 0.1, 0])
@@ -239,3 +291,101 @@ def test_the_judge_s_quality_is_shown(tmp_path: Path) -> None:
         "path": "labels.csv",
         "quality": {"judge_hash": "hash", "topics": []},
     }
+
+
+@pytest.mark.parametrize(("template", "noiseless"), [("trained-v1", True), ("stance-v1", False)])
+def test_a_judge_that_shows_no_options_has_no_noise_of_its_own(template: str, noiseless: bool) -> None:
+    config = configs.experiment()
+    config.judges.anna = configs.judge("local", path="DIR", template=template)
+    facts = findings.judge_facts(config, Judge("anna", "hash", lambda e, r: Verdicts(np.zeros((0, 5)), np.zeros(0))))
+    assert facts.get("noiseless", False) == noiseless
+
+
+@pytest.fixture(scope="module")
+def parted(run: Any, finished: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The run's questions to the four snapshots of the finished experiment's SFT, held two at a time; a judge with
+    options in all orders, twice."""
+    config = run[0].copy_and_resolve_references()
+    snapshot = str(finished[0] / "sft" / "snapshots" / "6")
+    template = tmp_path_factory.mktemp("templates") / "short.toml"
+    template.write_text(OPTIONS)
+    config.judges.tiny = configs.judge("local", path=snapshot, template=str(template), repeats=2)
+    # Of parameters: two snapshots, or one that is sampled from, which takes a second copy.
+    config.probes.system_prompts, config.probes.memory_gb = ("",), 2.5 * PARAMS_BYTES / 1e9
+    made = setup(config)
+    readers = [snapshots.open_reader(Path(snapshot).parent / str(step)) for step in (0, 2, 4, 6)]
+    return config, made, measure.questions(config, made), measure.Series("sft", [0, 2, 4, 6], readers, (0, 6))
+
+
+OPTIONS = """
+chat = true
+letters = true
+prompt = '''{{ response }} / {{ proposition }}
+{% for option in options %}{{ option.letter }} {{ option.text }}
+{% endfor %}'''
+labels = [
+  { text = "pro", label = "support", graded = 1.0 },
+  { text = "con", label = "oppose", graded = -1.0 },
+  { text = "none", label = "refusal" },
+]
+"""
+PARAMS_BYTES = evaluator.size_in_bytes(tiny.model_without_params("qwen").params)
+
+
+class Stopped(Exception):
+    pass
+
+
+def ask_and_judge(parted: Any, workdir: Path, most: float = np.inf) -> list[str]:
+    """What is stored: tables and parts; stopped when it would store more than `most`."""
+    config, made, asked, series = parted
+    real, stored = measure.store, []
+
+    def store(table: pd.DataFrame, file: Path) -> None:
+        if len(stored) >= most:
+            raise Stopped(stored)
+        stored.append(str(file.relative_to(workdir)))
+        real(table, file)
+
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(made.mesh):
+        patch.setattr(measure, "store", store)
+        measure.ask(config, made, asked, series, workdir)
+        measure.judge(config, made, asked, ["sft"], workdir)
+    return stored
+
+
+def test_asking_and_judging_go_on_from_their_parts_to_the_same_bits(parted: Any, tmp_path: Path) -> None:
+    whole = ask_and_judge(parted, tmp_path / "whole")
+    assert whole == [
+        *("probes/parts/sft/0-2.parquet", "probes/parts/sft/4-6.parquet", "probes/sft.parquet"),
+        *("responses/parts/sft/0-0.parquet", "responses/parts/sft/2-2.parquet", "responses/parts/sft/4-4.parquet"),
+        *("responses/parts/sft/6-6.parquet", "responses/sft.parquet"),
+        *(f"judgements/tiny/parts/sft/{step}.parquet" for step in (0, 2, 4, 6)),
+        "judgements/tiny/sft.parquet",
+    ]
+    again: list[str] = []
+    while len(again) < len(whole):
+        try:
+            again += ask_and_judge(parted, tmp_path / "stopped", most=3)
+        except Stopped as stop:
+            again += stop.args[0]
+    assert again == whole  # nothing twice
+    for file in ("probes/sft.parquet", "responses/sft.parquet", "judgements/tiny/sft.parquet"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    left = {file.name for file in (tmp_path / "stopped").rglob("*.parquet")}
+    assert left == {"sft.parquet"} and not (tmp_path / "stopped" / "responses" / "parts" / "sft").exists()
+    judged = pd.read_parquet(tmp_path / "whole" / "judgements" / "tiny" / "sft.parquet")
+    assert judged.groupby("repeat")["step"].unique().map(list).to_dict() == {0: [0, 2, 4, 6], 1: [0, 6]}
+
+
+def test_parts_of_other_questions_are_not_taken(parted: Any, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        ask_and_judge(parted, tmp_path, most=5)  # two parts of responses among them
+    config, made, asked, series = parted
+    other = config.copy_and_resolve_references()
+    other.probes.temperature = 0.1
+    stored = ask_and_judge((other, made, measure.questions(other, made), series), tmp_path)
+    assert [file for file in stored if file.startswith("responses")] == [
+        *(f"responses/parts/sft/{step}-{step}.parquet" for step in (0, 2, 4, 6)),
+        "responses/sft.parquet",
+    ]

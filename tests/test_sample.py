@@ -197,3 +197,20 @@ def test_a_reward_model_is_refused(
     monkeypatch.setattr(runs, "open_snapshot", lambda *_: runs.Opened({}, "rm", *[None] * 3))
     assert run(sample, monkeypatch, "--model", str(finished[0] / "sft" / "snapshots" / "6")) == 2
     assert "trains a reward model" in capsys.readouterr().err
+
+
+def test_a_model_that_can_think_is_told_not_to_unless_a_flag_says_so(
+    directory: Path, finished: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """A directory and a snapshot alike, by `--config.tokenizer.template_options`."""
+    file = tmp_path / "thinking.jinja"
+    file.write_text(TEMPLATE.text + "{% if enable_thinking is defined and enable_thinking is false %}[]{% endif %}")
+    rows = tmp_path / "in.jsonl"
+    rows.write_text(json.dumps({"messages": MESSAGES}) + "\n")
+    on = "--config.tokenizer.template_options.enable_thinking=True"
+    for model in (directory, finished[0] / "sft" / "snapshots" / "6"):
+        for flags, end in (([], "[]"), ([on], "\n")):
+            opened = sample.open_model(str(model), str(file), flags)
+            [tokens] = sample.read_prompts(rows, opened)[1]
+            assert chat.decode(tokens, TOK).endswith(f"assistant\n{end}".replace("\n\n", "\n"))
+        assert sample.open_model(str(model), "auto", [on]).template.options == {}

@@ -12,11 +12,14 @@ import pandas as pd
 import pytest
 import tiny
 import tiny_study
+from fake_chat_server import completion, serve
 from ml_collections import ConfigDict
 
 from vdjax import config as configs
-from vdjax import experiment, study
+from vdjax import experiment, measure, runs, study
 from vdjax.errors import UserError
+from vdjax.probes import score_table, sets
+from vdjax.setup import setup
 from vdjax.studies import grid
 from vdjax.train import loop
 
@@ -238,3 +241,37 @@ def test_reports_know_the_drift_of_the_other_seeds(
     assert calls == both
     study.write_reports(todo, tmp_path, dict.fromkeys(todo, ""), always=True)
     assert calls == both * 2
+
+
+def test_experiments_share_what_an_api_answered_and_its_budget(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two trunks with the same responses pay once; other responses have what is left of the one budget."""
+    config = load(tiny_data)
+    config.judges.remote = configs.judge(
+        "api", model="m", max_calls=1 + 7, usd_per_million_input=0.0, usd_per_million_output=0.0
+    )
+    config.probes.readouts, config.probes.judges = ("open_ended",), ("remote",)
+    asked = measure.Questions(sets.load(config.probes.path), [], [], [])
+    texts = dict.fromkeys(TRUNKS, "yes")
+
+    def run(config: ConfigDict, workdir: Path, command: str) -> None:
+        row = dict(zip(score_table.RESPONSE, ("sft", 0, asked.probes[0].id, 0, 0, 0), strict=True))
+        said = pd.DataFrame([row | {"question": "Q?", "degenerate": "", "response": texts[workdir.name]}])
+        measure.store(said, workdir / "responses" / "sft.parquet")
+        measure.judge(config, setup(config), asked, ["sft"], workdir)
+
+    monkeypatch.setattr(experiment, "run", run)
+    with serve(lambda body, n: completion("A", {"A": -0.1})) as server:
+        config.judges.remote.base_url = server.url
+        todo = grid.experiments(config)
+        study.run_all(todo, tmp_path, dict.fromkeys(todo, ""))
+        assert len(server.seen) == 8
+        assert [file.name for file in tmp_path.rglob("*.sqlite")] == ["replies.sqlite"]
+        (tmp_path / TRUNKS[1] / "finished.json").unlink()
+        texts[TRUNKS[1]] = "no"
+        with pytest.raises(UserError, match="the budget of 8 calls and 1 dollars is spent"):
+            study.run_all(todo, tmp_path, dict.fromkeys(todo, ""))
+        assert len(server.seen) == 8
+    assert runs.calls(tmp_path / TRUNKS[0]) == tmp_path / "judgements" / "calls"
+    assert runs.calls(tmp_path) == tmp_path / "judgements" / "calls"

@@ -1,5 +1,6 @@
 """The command that writes synthetic pairs: generators, files, and that it does the same twice."""
 
+import dataclasses
 import json
 import sys
 import zlib
@@ -10,13 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from fake_chat_server import Answer, completion, serve
 
 from vdjax import chat_api, sharding, snapshots, synthesize
 from vdjax.data import chat, tokenizer
 from vdjax.data.examples import Counts
 from vdjax.data.sources import load
 from vdjax.errors import UserError
-from vdjax.judges import Exchange, Judge, Verdicts
+from vdjax.judges import LABELS, Exchange, Judge, Verdicts
 from vdjax.language_model import LanguageModel
 from vdjax.models.functional import Model
 from vdjax.sampling import Sampling
@@ -47,6 +49,21 @@ def test_a_local_generator(opened: LanguageModel, monkeypatch: pytest.MonkeyPatc
         opened.tokenizer,
         opened.template,
     )
+    told = dataclasses.replace(
+        opened.template,
+        text=opened.template.text + "{% if enable_thinking is false %}At once.{% endif %}",
+        options={"enable_thinking": False},
+    )
+    at_once = synthesize.prompt_ids(asked[0], opened._replace(template=told))
+    assert chat.decode(at_once, opened.tokenizer).endswith("assistant\nAt once.")
+    with jax.set_mesh(opened.mesh):
+        off, on = (
+            synthesize.local_generator(
+                opened._replace(template=dataclasses.replace(told, options=o)), Sampling(12, 1.0)
+            ).hash
+            for o in (told.options, {})
+        )
+    assert off != on
     empty = Asked("", "Question?", (0,))
     assert synthesize.prompt_ids(empty, opened) == chat.prompt_ids(
         [{"role": "user", "content": "Question?"}], opened.tokenizer, opened.template
@@ -137,3 +154,48 @@ def test_the_command(opened: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp
         with pytest.raises(UserError, match=message):
             run(tmp_path / "four.jsonl", *more)
     assert not (tmp_path / "four.jsonl").exists()
+
+
+def test_a_judge_of_a_config_judges_the_pairs(
+    opened: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An API judge to whom even answers support and odd ones oppose; nothing is paid for twice."""
+    monkeypatch.setattr(synthesize, "open_model", lambda *args: opened)
+    monkeypatch.setattr(synthesize, "local_generator", lambda *args: Generator("generator", write))
+    monkeypatch.setattr(synthesize.runtime, "start", lambda: None)
+    (tmp_path / "judges.py").write_text(
+        "from vdjax import config as base\n\n\ndef get_config():\n    c = base.experiment()\n"
+        "    c.judges.remote = base.judge('api', model='m', usd_per_million_input=0, usd_per_million_output=0)\n"
+        "    return c\n"
+    )
+    tasks = [{"prompt": f"Is {i} good?", "topic": "t", "proposition": f"{i} is good."} for i in range(4)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+
+    def answer(body: dict[str, Any], n: int) -> Answer:
+        lines = body["messages"][0]["content"].splitlines()
+        wanted = ("supports", "opposes")[len(lines[lines.index("<response>") + 1]) % 2]
+        letter = next(line for line in lines if f"The response {wanted}" in line)[0]
+        return completion(letter, {letter: -0.1})
+
+    def run(url: str, judge: str = "remote") -> None:
+        flags = ["--generator", "x", "--judge", judge, "--config", str(tmp_path / "judges.py"), "--max_ratio", "9"]
+        flags += ["--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+        monkeypatch.setattr(sys, "argv", ["synthesize", *flags, f"--config.judges.remote.base_url={url}"])
+        synthesize.main()
+
+    with serve(answer) as server:
+        run(server.url)
+        paid = len(server.seen)
+        (tmp_path / "out.jsonl.written.json").unlink()
+        run(server.url)
+        assert len(server.seen) == paid > 0
+    pairs = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert pairs and all(len(p["support"]) % 2 == 0 and len(p["oppose"]) % 2 == 1 for p in pairs)
+    with pytest.raises(UserError, match="did you mean 'remote'"):
+        run("http://127.0.0.1:1/v1", "remot")
+
+
+def test_a_response_without_a_verdict_shows_no_side() -> None:
+    found = Verdicts(np.array([[np.nan] * 5, [0.0, 0, 1, 0, 0]]), np.array([np.nan, -1]))
+    p = synthesize.decided(Judge("n", "h", lambda exchanges, repeat: found)).judge([], 0).p
+    assert [LABELS[i] for i in p.argmax(axis=1)] == ["off_topic", "oppose"]

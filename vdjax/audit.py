@@ -21,7 +21,7 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from vdjax import config as configs
-from vdjax import runtime
+from vdjax import runs, runtime
 from vdjax.cli import run_cli
 from vdjax.data.examples import Example
 from vdjax.drift import gaps
@@ -194,7 +194,8 @@ def main() -> None:
     parser.add_argument("--data", metavar="PATH[,PATH]", help="files, directories, hub ids; each a data set of its own")
     parser.add_argument("--run", type=Path, metavar="WORKDIR", help="of a run; of vdjax.probe with --data beside it")
     parser.add_argument("--study", type=Path, metavar="WORKDIR", help="of a study: every run in it that has a report")
-    parser.add_argument("--judge", required=True, help="directory or hub id of a model; or a judge of the run's config")
+    parser.add_argument("--judge", required=True, help="directory or hub id of a model; or one of a config's judges")
+    parser.add_argument("--config", default="", metavar="FILE.py[:ARG]", help="whose judges; default: the run's")
     parser.add_argument("--template", default="", help="of a model as judge (vdjax/judges/templates)")
     parser.add_argument("--source", default="auto", help="schema of the data (vdjax.data.sources)")
     parser.add_argument("--kind", choices=tuple(SIDES), help="default: preference where the data have pairs")
@@ -208,27 +209,28 @@ def main() -> None:
     if flags.data:
         config.data = configs.stage("sft").data
         config.data.source = flags.source
-    configs.override_only(config, overrides, "mesh", *["data"] * bool(flags.data))
+    from vdjax.judges.open import judge_of_flags, open_judge
+
+    if not flags.config and flags.judge in config.get("judges", {}):
+        name, fields = flags.judge, config.judges[flags.judge]
+    else:
+        name, fields = judge_of_flags(config, flags.judge, flags.template, flags.config)
+    configs.override_only(
+        config, overrides, "mesh", *["data"] * bool(flags.data), *["judges"] * (name in config.get("judges", {}))
+    )
     probes = sets.load(flags.probes or config.probes.path, topics=flags.topics or config.probes.topics or None)
     runtime.start()
 
     import jax
 
     from vdjax import sharding
-    from vdjax.judges.open import open_judge
     from vdjax.measure import remembering
 
-    calls = (flags.study or targets[0].workdir) / "judgements" / "calls"
+    calls = flags.study / "judgements" / "calls" if flags.study else runs.calls(targets[0].workdir)
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     with jax.set_mesh(mesh):
-        if flags.judge in config.get("judges", {}):
-            fields = config.judges[flags.judge]
-        else:
-            fields = configs.judge(
-                "local", path=flags.judge, **({"template": flags.template} if flags.template else {})
-            )
         # The runs of a study share their data but for the seed: each response is judged once.
-        judge = remembering(open_judge(Path(flags.judge).name, fields, mesh, calls))
+        judge = remembering(open_judge(name, fields, mesh, calls), {})
         for workdir, run, own in targets:
             if flags.study:
                 say(f"{run}:")

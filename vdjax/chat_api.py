@@ -5,9 +5,7 @@ missing. The budget is hard: an upper bound of what a call can cost is written d
 the true cost when the reply is there; a call that was cut off keeps the bound.
 """
 
-import hashlib
 import json
-import os
 import re
 import sqlite3
 import threading
@@ -18,45 +16,33 @@ from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import NamedTuple
 
 import filelock
 import httpx2
 import tenacity
 from tqdm import tqdm
 
+from vdjax.chat_endpoint import Endpoint, Request, body_of, check, cost, cost_bound, key_of, request_hash
 from vdjax.errors import UserError
+
+__all__ = [
+    "Endpoint",
+    "Refused",
+    "Reply",
+    "Request",
+    "Spent",
+    "ask",
+    "check",
+    "cost_bound",
+    "key_of",
+    "request_hash",
+    "serves_log_probs",
+    "spent",
+]
 
 BACKOFF_S = 1.0  # before the first retry; doubled for each further one
 LONGEST_WAIT_S = 600.0  # a server that asks for more is given up
-TOKENS_A_MESSAGE = 32  # at most, for its role and marks
-
-
-class Endpoint(NamedTuple):
-    """Where to ask, how fast, and how much it may cost in all, counted over all runs with the same cache."""
-
-    base_url: str  # up to and with /v1
-    model: str
-    key_env: str  # name of the environment variable with the key; empty: no key is sent
-    concurrency: int  # calls at once
-    requests_per_minute: float  # 0: no limit
-    max_retries: int  # of a call that fails by the server's or the network's fault
-    timeout_s: float
-    max_calls: int  # retries count
-    max_usd: float
-    usd_per_million_input: float
-    usd_per_million_output: float
-
-
-class Request(NamedTuple):
-    """Requests that are equal in all fields get one reply; another `seed` makes another request."""
-
-    messages: tuple[tuple[str, str], ...]  # (role, content)
-    temperature: float
-    max_tokens: int
-    top_logprobs: int = 0  # how many of the first token's alternatives to return; 0: none
-    seed: int | None = None
 
 
 class Reply(NamedTuple):
@@ -72,6 +58,10 @@ class Spent(NamedTuple):
     usd: float
 
 
+class Refused(UserError):
+    """The server understood the request and does not take it (status 400 or 422)."""
+
+
 class _Unavailable(Exception):
     """The server's or the network's fault: worth another try."""
 
@@ -82,28 +72,6 @@ class _Unavailable(Exception):
 
 class _Stopped(Exception):
     """Another call has failed, or the budget is spent."""
-
-
-def check(endpoint: Endpoint) -> None:
-    """Raises UserError for an endpoint that cannot be asked."""
-    if set(endpoint.base_url) & set("@?#"):  # not shown: there may be a key in it
-        raise UserError("base_url: no user, password, query or fragment may be in it; the key comes from key_env")
-    try:
-        url = urlsplit(endpoint.base_url)
-        valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-    except ValueError:
-        valid = False
-    if not valid:
-        raise UserError(f"base_url={endpoint.base_url!r}: expected http(s)://HOST/..., such as https://HOST/v1")
-    if not endpoint.model:
-        raise UserError("model is empty; expected the name of a model that the endpoint serves")
-    for name in ("usd_per_million_input", "usd_per_million_output"):
-        if not getattr(endpoint, name) >= 0:
-            raise UserError(f"{name} is not given; the budget needs the price (0 for a server of your own)")
-    zero = dict.fromkeys(("requests_per_minute", "max_retries", "max_calls", "max_usd"), 0.0)
-    for name, low in {"concurrency": 1, "timeout_s": 0.01, **zero}.items():
-        if not getattr(endpoint, name) >= low:
-            raise UserError(f"{name}={getattr(endpoint, name)!r}, expected at least {low}")
 
 
 def ask(endpoint: Endpoint, requests: Sequence[Request], cache: Path, what: str = "calls") -> list[Reply]:
@@ -123,7 +91,7 @@ def ask(endpoint: Endpoint, requests: Sequence[Request], cache: Path, what: str 
     with _open(cache) as db:
         known = _known(db, names)
         if len(known) < len(set(names)):
-            key = _key(endpoint)
+            key = key_of(endpoint)
             with filelock.FileLock(f"{cache}.lock"):
                 known = _known(db, names)
                 missing = {n: r for n, r in zip(names, requests, strict=True) if n not in known}
@@ -132,38 +100,30 @@ def ask(endpoint: Endpoint, requests: Sequence[Request], cache: Path, what: str 
     return [known[name] for name in names]
 
 
+def serves_log_probs(endpoint: Endpoint, request: Request, cache: Path, what: str = "calls") -> bool:
+    """Whether replies to such a request have log-probs: some servers leave them out, others refuse to be asked.
+
+    One call or two, which are kept in `cache` like all; with them there, none.
+
+    Raises:
+      UserError: as `ask`, and where the request is refused without log-probs too.
+    """
+    plain = request._replace(top_logprobs=0)
+    with _open(cache) as db:
+        if _known(db, [request_hash(endpoint, plain)]):
+            return False
+    try:
+        [reply] = ask(endpoint, [request], cache, what)
+    except Refused:
+        ask(endpoint, [plain], cache, what)
+        return False
+    return reply.top_logprobs is not None
+
+
 def spent(endpoint: Endpoint, cache: Path) -> Spent:
     """What the model at this endpoint has cost so far, by this cache."""
     with _open(cache) as db:
         return _spent(db, _account(endpoint))
-
-
-def request_hash(endpoint: Endpoint, request: Request) -> str:
-    text = json.dumps([endpoint.base_url.rstrip("/"), endpoint.model, request])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def cost_bound(endpoint: Endpoint, request: Request) -> float:
-    """Dollars that a call costs at most: no tokenizer makes more than a token of a byte."""
-    tokens = sum(len(content.encode()) + TOKENS_A_MESSAGE for _, content in request.messages) + TOKENS_A_MESSAGE
-    return _usd(endpoint, tokens, request.max_tokens)
-
-
-def _usd(endpoint: Endpoint, input_tokens: int, output_tokens: int) -> float:
-    dollars = input_tokens * endpoint.usd_per_million_input + output_tokens * endpoint.usd_per_million_output
-    return dollars / 1e6
-
-
-def _key(endpoint: Endpoint) -> str:
-    """The key itself; whatever is wrong with it, it is not shown."""
-    if not endpoint.key_env:
-        return ""
-    key = os.environ.get(endpoint.key_env, "").strip()
-    if not key:
-        raise UserError(f"the environment variable {endpoint.key_env} is not set; it holds the key of the endpoint")
-    if not (key.isascii() and key.isprintable()):
-        raise UserError(f"the environment variable {endpoint.key_env} holds characters that no key has")
-    return key
 
 
 # Cache and spending.
@@ -281,7 +241,8 @@ def _ask_missing(line: _Line, missing: dict[str, Request], what: str) -> None:
         raise problems[0]
     left = len(missing) - len(_known(line.db, list(missing)))
     after = f"{left} of {len(missing)} requests are left; the same command goes on with them"
-    raise UserError(f"{problems[0]}. {after}") from None
+    kind = Refused if isinstance(problems[0], Refused) else UserError
+    raise kind(f"{problems[0]}. {after}") from None
 
 
 def _ask_one(line: _Line, client: httpx2.Client, name: str, request: Request) -> None:
@@ -313,7 +274,7 @@ def _attempt(line: _Line, client: httpx2.Client, name: str, request: Request) ->
     try:
         where = _account(endpoint)
         try:
-            response = client.post(f"{endpoint.base_url.rstrip('/')}/chat/completions", json=_body(endpoint, request))
+            response = client.post(f"{endpoint.base_url.rstrip('/')}/chat/completions", json=body_of(endpoint, request))
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             line.settle(call, 0.0)
             raise _Unavailable(f"{where}: no connection: {_clean(str(error), line.key)}") from None
@@ -325,28 +286,14 @@ def _attempt(line: _Line, client: httpx2.Client, name: str, request: Request) ->
                 line.settle(call, 0.0)
             message = f"{where}: HTTP status {status}: {_server_message(response, line.key)}"
             if status != 429 and status < 500:
-                raise UserError(message)
+                raise (Refused if status in (400, 422) else UserError)(message)
             raise _Unavailable(message, _hold(line, response, message))
         reply = _parse(response, where, line.key)
         told = min(reply.input_tokens, reply.output_tokens) >= 0
-        usd = _usd(endpoint, reply.input_tokens, reply.output_tokens) if told else bound
+        usd = cost(endpoint, reply.input_tokens, reply.output_tokens) if told else bound
         line.settle(call, usd, name, reply)
     finally:
         line.landed()
-
-
-def _body(endpoint: Endpoint, request: Request) -> dict[str, Any]:
-    body: dict[str, Any] = {
-        "model": endpoint.model,
-        "messages": [{"role": role, "content": content} for role, content in request.messages],
-        "temperature": request.temperature,
-        "max_tokens": request.max_tokens,
-    }
-    if request.top_logprobs:
-        body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
-    if request.seed is not None:
-        body["seed"] = request.seed
-    return body
 
 
 def _hold(line: _Line, response: httpx2.Response, message: str) -> float | None:

@@ -44,6 +44,8 @@ def experiment() -> ConfigDict:
     c.tokenizer = ConfigDict()
     c.tokenizer.path = ""  # empty: the model's; "bytes": the built-in byte-level one
     c.tokenizer.chat_template = "auto"  # auto: the tokenizer's own, else plain; plain, chatml, llama3; a .jinja file
+    c.tokenizer.template_options = ConfigDict({"enable_thinking": False})  # variables of the template where responses
+    # are sampled (open_ended, vdjax.sample, vdjax.synthesize), if it has them
 
     c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # -1: all devices that are left
 
@@ -96,15 +98,16 @@ JUDGES: dict[str, dict[str, Any]] = {  # kinds of judges and their fields
         "model": "",
         "key_env": "",  # name of the environment variable with the key; empty: no key is sent
         "template": "stance-v1",
-        "votes": 0,  # sampled answers a response; 0: log-probs of the options, which the endpoint must serve
+        "votes": 0,  # sampled answers a response; 0: log-probs of the options, or 10 votes where they are not served
         "concurrency": 8,
         "requests_per_minute": 0.0,  # 0: no limit
         "max_retries": 5,
         "timeout_s": 60.0,
-        "max_calls": 10_000,  # over all runs with this workdir (of a study: of each experiment) ...
+        "max_calls": 10_000,  # over all runs with this workdir, or all experiments of a study ...
         "max_usd": 1.0,  # ... and what they may cost
         "usd_per_million_input": -1.0,  # must be given; 0 for a server of your own
         "usd_per_million_output": -1.0,
+        "extra": {},  # put into every request's body, such as {"reasoning_effort": "low"}; None takes a field out
         "repeats": 1,
         "quality": "",
     },
@@ -206,13 +209,20 @@ def stage(objective: str, **fields: Any) -> ConfigDict:
     return c
 
 
+OPEN_ENDED = (".options.", ".shape.", ".extra.", ".template_options.")
+
+
+def open_ended(where: str) -> bool:
+    """Whether a group of fields, or one that it lies in, holds whatever it is given."""
+    return any(group in f"{where}." for group in OPEN_ENDED)
+
+
 def _merge(config: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
     for name, value in fields.items():
         key = f"{where}.{name}"
-        open_ended = where.endswith((".options", ".shape"))
-        if name not in config and not open_ended:
+        if name not in config and not open_ended(where):
             raise UserError(f"{key} is no field{nearest(name, config)}")
-        if isinstance(value, Mapping) and not open_ended:
+        if isinstance(value, Mapping) and not open_ended(where):
             if not isinstance(config[name], ConfigDict):
                 raise UserError(f"{key}: expected {type(config[name]).__name__}, found a dict")
             _merge(config[name], value, key)
@@ -309,12 +319,12 @@ def override(config: ConfigDict, flag: str) -> None:
     node = config
     for depth, name in enumerate(parts[1:], start=1):
         where = ".".join(parts[:depth])
-        open_ended = where.endswith((".options", ".shape"))
-        if not isinstance(node, ConfigDict) or (name not in node and not open_ended):
+        last = depth == len(parts) - 1
+        if not isinstance(node, ConfigDict) or (name not in node and not (open_ended(where) and last)):
             raise UserError(
                 f"--{where}.{name} is no field{nearest(name, node if isinstance(node, ConfigDict) else ())}"
             )
-        if depth < len(parts) - 1:
+        if not last:
             node = node[name]
     if isinstance(node.get(parts[-1]), ConfigDict):
         raise UserError(f"--{key} is a group of fields{nearest('', node[parts[-1]])}")

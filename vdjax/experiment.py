@@ -52,6 +52,7 @@ def run(config: ConfigDict, workdir: Path, command: str) -> None:
         runs.write_model_files(made, workdir / "model")
         # Whatever is wrong with a later stage's data or with the probes is said before anything is trained.
         asked = measure.questions(config, made)
+        measure.check_keys(config, runs.probed(config), workdir)
         plans = {name: plan(config, name, made, workdir) for name in config.stages}
         overlap = {name: pipeline.asking(plans[name].train, [p.input for p in asked.probes]) for name in config.stages}
         rewarders = {name: rewarder_of(config, name, made, workdir) for name in config.stages}

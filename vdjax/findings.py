@@ -14,6 +14,7 @@ from vdjax import measure, runs
 from vdjax.drift import report
 from vdjax.drift.evidence import Evidence
 from vdjax.judges import Judge
+from vdjax.judges.prompts import read_template
 from vdjax.models import config as model_config
 from vdjax.probes import score_table, sets
 from vdjax.progress import say
@@ -109,7 +110,10 @@ def judge_facts(config: ConfigDict, judge: Judge) -> dict[str, Any]:
     if quality and quality["judge_hash"] != judge.hash:
         say(f"{judge.name}: {fields.quality} is about another judge, so it is not shown")
         quality = None
-    return {"name": judge.name, "hash": judge.hash, "quality": quality, **shown}
+    known = {"name": judge.name, "hash": judge.hash, "quality": quality, **shown}
+    if fields.kind == "local" and not read_template(fields.template).letters:
+        known["noiseless"] = True  # always the same verdict, and no options that a repeat could reorder
+    return known
 
 
 def data_facts(name: str, stage: ConfigDict, summary: dict[str, Any], overlap: int) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Judges responses, or measures a judge: python -m vdjax.judge --judge DIR
 
 with --rows FILE --out FILE, or with --labelled PATH ... --workdir DIR. The judge is a Hugging Face directory or hub id,
-or a snapshot WORKDIR/STAGE/snapshots/STEP, of a causal language model. Or, for people as judges: --run WORKDIR --sheet
-FILE.csv makes a sheet to fill in, of responses of that run; they become `config.judge("human", path="FILE.csv")`.
+or a snapshot WORKDIR/STAGE/snapshots/STEP, of a causal language model; or, of any kind, --judge NAME --config FILE.py:
+one of config.judges. Or, for people as judges: --run WORKDIR --sheet FILE.csv makes a sheet to fill in, of responses of
+that run; they become `config.judge("human", path="FILE.csv")`.
 
 --rows FILE.jsonl holds objects with `proposition`, `response` and perhaps `question`; --out gets the same objects with
-`judge_hash`, `support`, `neutral`, `oppose`, `refusal`, `off_topic` and `graded` (null where no stance was taken).
+`judge_hash`, `support`, `neutral`, `oppose`, `refusal`, `off_topic` and `graded` (null where no stance was taken; all
+six are null where the judge has no verdict).
 
 --labelled takes files with `proposition`, `response`, `label` and perhaps `question` and `topic`, or statement files of
 anthropics/evals (persona) or folders of them, of which labelled exchanges are made (vdjax.data.stances); --workdir gets
@@ -29,7 +31,7 @@ from vdjax.data.examples import Counts
 from vdjax.errors import UserError
 from vdjax.files import json_objects, write_whole
 from vdjax.judges import LABELS, Exchange, Judge, human
-from vdjax.judges.local import open_local
+from vdjax.judges.open import judge_of_flags, open_judge
 from vdjax.probes import score_table, sets
 from vdjax.progress import say
 
@@ -70,8 +72,8 @@ def judge_rows(judge: Judge, file: Path, out: Path) -> None:
         return
     lines = []
     for row, p, graded in zip(rows, found.p.tolist(), found.graded.tolist(), strict=True):
-        added = {"judge_hash": judge.hash, **dict(zip(LABELS, p, strict=True))}
-        added["graded"] = graded if math.isfinite(graded) else None
+        numbers = dict(zip((*LABELS, "graded"), (*p, graded), strict=True))
+        added = {"judge_hash": judge.hash} | {k: v if math.isfinite(v) else None for k, v in numbers.items()}
         lines.append(json.dumps(row | added, ensure_ascii=False) + "\n")
     write_whole(out, "".join(lines))
     say(f"wrote {out}: {len(rows)} verdicts")
@@ -104,8 +106,9 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--judge", help="a directory, hub id or snapshot")
-    parser.add_argument("--template", default="stance-v1", help="stance-v1, trained-v1 or a .toml file")
+    parser.add_argument("--judge", help="a directory, hub id or snapshot; or a judge of --config")
+    parser.add_argument("--config", default="", metavar="FILE.py[:ARG]", help="a config with that judge, of any kind")
+    parser.add_argument("--template", default="", help="stance-v1 (default), trained-v1 or a .toml file")
     parser.add_argument("--rows", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--labelled", nargs="+", metavar="PATH")
@@ -134,7 +137,8 @@ def main() -> None:
         configs.override_only(configs.experiment(), overrides)
         return write_run_sheet(flags.run, flags.sheet, flags.max_examples, flags.seed)
     config = configs.experiment()
-    configs.override_only(config, overrides, "mesh")
+    name, fields = judge_of_flags(config, flags.judge, flags.template, flags.config)
+    configs.override_only(config, overrides, "mesh", *["judges"] * bool(flags.config))
     runtime.start()
     # What is wrong with the data is said before the model is loaded.
     items, counts = [], Counts()
@@ -145,8 +149,8 @@ def main() -> None:
         say("\n".join([f"{len(items)} labelled exchanges", *counts.lines()]))
     else:
         read_rows(flags.rows)
-    fields = configs.judge("local", path=flags.judge, template=flags.template)
-    judge = open_local(Path(flags.judge).name, fields, sharding.make_mesh(**config.mesh.to_dict()))
+    calls = flags.workdir / "calls" if flags.workdir else flags.out.with_name(f"{flags.out.name}.calls")
+    judge = open_judge(name, fields, sharding.make_mesh(**config.mesh.to_dict()), calls)
     if flags.rows:
         return judge_rows(judge, flags.rows, flags.out)
     from vdjax.judges import quality

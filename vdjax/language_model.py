@@ -39,7 +39,8 @@ def open_model(name: str, chat_template: str, overrides: list[str]) -> LanguageM
     """A Hugging Face directory or hub id, or one of our snapshots.
 
     Args:
-      overrides: --config.model and --config.mesh flags; of a snapshot's, the mesh alone can be chosen.
+      overrides: --config.model, --config.tokenizer and --config.mesh flags; of a snapshot's, the mesh and
+        the options of its template alone can be chosen.
 
     Raises:
       UserError: neither, a reward model, or a wrong override.
@@ -48,7 +49,8 @@ def open_model(name: str, chat_template: str, overrides: list[str]) -> LanguageM
     for flag in overrides:
         configs.override(config, flag)
     if Path(name).resolve().parent.name == "snapshots":
-        if other := [flag for flag in overrides if not flag.startswith("--config.mesh.")]:
+        free = ("--config.mesh.", "--config.tokenizer.template_options.")
+        if other := [flag for flag in overrides if not flag.startswith(free)]:
             raise UserError(f"{other[0]}: a snapshot has its own config; only --config.mesh can be chosen")
         found = runs.open_snapshot(Path(name), config.mesh.to_dict())
         if runs.stage_head(found.config, found.stage) != "vocab":
@@ -58,5 +60,6 @@ def open_model(name: str, chat_template: str, overrides: list[str]) -> LanguageM
         config.model.path = name
         made = setup(config)
         model, params = made.model, initial_params(config, made)
-    template = made.template if chat_template == "auto" else chat.pick_template(made.tokenizer, chat_template)
+    chosen = config.tokenizer.chat_template if chat_template == "auto" else chat_template
+    template = chat.pick_template(made.tokenizer, chosen, config.tokenizer.template_options.to_dict())
     return LanguageModel(model, params, made.tokenizer, template, made.mesh)

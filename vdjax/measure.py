@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +20,16 @@ from vdjax.data import stances
 from vdjax.errors import UserError
 from vdjax.files import write_whole
 from vdjax.judges import LABELS, Exchange, Judge, Verdicts, quality
-from vdjax.judges.open import check_judge, open_judge
+from vdjax.judges.local import check_fits
+from vdjax.judges.open import check_judge, check_key, open_judge
 from vdjax.models import hf
+from vdjax.models.functional import Model
 from vdjax.probes import evaluator, open_ended, readouts, score_table, sets
 from vdjax.progress import progress_over, say
 from vdjax.sampling import Sampling
 from vdjax.setup import Setup
 
+MEASURED = ("log_prob", "response", "tokens", "finish_reason", "degenerate")  # columns that say what was answered
 COVERED = 0.9  # share of the responses that a judge must have verdicts on to be a readout
 
 
@@ -57,6 +61,9 @@ def questions(config: ConfigDict, made: Setup) -> Questions:
     c = config.probes
     for name in c.judges:
         check_judge(name, config.judges[name])
+    if config.judge_quality.stage:
+        check_fits(config.judge_quality.template, made.tokenizer, made.template)
+        labelled(config)
     probes = sets.load(c.path, topics=c.topics or None, max_per_topic=c.max_per_topic or None)
     variants = readouts.variants(c)
     items = readouts.items(probes, variants, c.readouts, made.tokenizer, made.template, c.max_length)
@@ -67,6 +74,13 @@ def questions(config: ConfigDict, made: Setup) -> Questions:
     return Questions(probes, variants, items, prompts)
 
 
+def check_keys(config: ConfigDict, stages: Sequence[str], workdir: Path) -> None:
+    """UserError where a judge's key is missing that has not judged all of these stages once."""
+    for name in config.probes.judges:
+        if not all((workdir / "judgements" / name / f"{stage}.parquet").exists() for stage in stages):
+            check_key(name, config.judges[name])
+
+
 def ask(
     config: ConfigDict,
     made: Setup,
@@ -75,32 +89,66 @@ def ask(
     workdir: Path,
     *,
     parent: str = "",
-    again: bool = False,
+    models: str = "",
 ) -> None:
     """Asks a series: probes/STAGE.parquet and responses/STAGE.parquet. Answers to other questions are replaced.
 
     Args:
       parent: the stage whose last snapshot is the first one here, bit for bit: its answers are taken over.
-      again: ask also where the files hold answers to the same questions.
+      models: what tells the series from others that were asked in this workdir under the stage's name.
     """
     c = config.probes
     forced = readouts.asked_hash(asked.probes, asked.variants, c.readouts, made.template)
     free = open_ended.asked_hash(
         asked.prompts, made.template, sampling(config), samples=c.samples, replicates=c.replicates, seed=config.seed
     )
-    for folder, prompts, read, key in (
-        ("probes", asked.items, answers, forced),
-        ("responses", asked.prompts, responses, free),
+    for folder, prompts, read, plain, copies in (
+        ("probes", asked.items, answers, forced, 1),
+        ("responses", asked.prompts, responses, free, 2),
     ):
         file = workdir / folder / f"{series.stage}.parquet"
-        if not again and holds(file, asked_hash=key):
+        key = digest((plain, models)) if models else plain
+        if holds(file, asked_hash=key):
             say(f"{series.stage}: {folder} are there already")
         elif prompts:
             inherited = workdir / folder / f"{parent}.parquet"
             start = first_snapshot(inherited, series) if holds(inherited, asked_hash=key) else None
             rest = series if start is None else series._replace(steps=series.steps[1:], readers=series.readers[1:])
-            table = pd.concat([start, read(config, made, asked, rest).assign(asked_hash=key)], ignore_index=True)
-            store(table, file)
+            tables = []
+            for part in held_at_once(config, made.model, made.mesh, rest, copies):
+                kept = parts_of(file) / f"{part.steps[0]}-{part.steps[-1]}.parquet"
+                if not holds(kept, asked_hash=key):
+                    found = read(config, made, asked, part).assign(asked_hash=key)
+                    store(found.drop_duplicates([c for c in found if c not in MEASURED], ignore_index=True), kept)
+                tables.append(pd.read_parquet(kept))
+            store(pd.concat([start, *tables], ignore_index=True), file)
+        drop_parts(file)
+
+
+def held_at_once(
+    config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, series: Series, copies: int
+) -> list[Series]:
+    """The series in parts that are asked, and kept, one after the other: as many snapshots as memory holds at once.
+
+    All have one size, so that one program serves them; the last may name its last snapshot more than once.
+    """
+    memory = config.probes.memory_gb * 1e9 or evaluator.default_memory()
+    copies *= mesh.shape["data"] if model.lora else 1
+    groups = evaluator.groups(len(series.steps), model, memory, copies)
+    return [
+        series._replace(steps=[series.steps[i] for i in group], readers=[series.readers[i] for i in group])
+        for group in groups
+    ]
+
+
+def parts_of(file: Path) -> Path:
+    """Where the parts of a table lie that is not whole yet."""
+    return file.parent / "parts" / file.stem
+
+
+def drop_parts(file: Path) -> None:
+    if jax.process_index() == 0 and parts_of(file).exists():
+        shutil.rmtree(parts_of(file))
 
 
 def first_snapshot(parent: Path, series: Series) -> pd.DataFrame:
@@ -163,7 +211,10 @@ def judge(config: ConfigDict, made: Setup, asked: Questions, stages: Sequence[st
     """Has every judge judge the responses of these stages: judgements/JUDGE/STAGE.parquet."""
     judges = []
     for name in config.probes.judges:
-        opened = remembering(open_judge(name, config.judges[name], made.mesh, workdir / "judgements" / "calls"))
+        known: Known = {}
+        opened = remembering(open_judge(name, config.judges[name], made.mesh, runs.calls(workdir)), known)
+        # The replies of an API are kept as they come, and labels of people cost no time.
+        by_step = config.judges[name].kind == "local"
         for stage in stages:
             said = pd.read_parquet(workdir / "responses" / f"{stage}.parquet")
             exchanges, keys = score_table.exchanges(said, asked.probes)
@@ -172,16 +223,41 @@ def judge(config: ConfigDict, made: Setup, asked: Questions, stages: Sequence[st
             file = workdir / "judgements" / name / f"{stage}.parquet"
             if holds(file, judge_hash=opened.hash, judged_hash=key):
                 say(f"{stage}: judged by {name} already")
+                recall(known, exchanges, keys, pd.read_parquet(file))
             else:
                 say(f"{stage}: {name} judges {len(exchanges)} of {len(said)} responses; the others are degenerate")
-                store(judged(opened, exchanges, keys, repeats).assign(judged_hash=key), file)
+                steps = sorted(set(keys["step"]))
+                tables = []
+                for part in [[step] for step in steps] if by_step and steps else [steps]:
+                    places = np.flatnonzero(keys["step"].isin(part))
+                    mine, theirs = [exchanges[i] for i in places], keys.iloc[places].reset_index(drop=True)
+                    kept = parts_of(file) / f"{'-'.join(map(str, part))}.parquet"
+                    if by_step and holds(kept, judge_hash=opened.hash, judged_hash=key):
+                        tables.append(pd.read_parquet(kept))
+                        recall(known, mine, theirs, tables[-1])
+                        continue
+                    tables.append(judged(opened, mine, theirs, repeats, steps).assign(judged_hash=key))
+                    if len(part) < len(steps):
+                        store(tables[-1], kept)
+                store(pd.concat(tables).sort_values("repeat", kind="stable", ignore_index=True), file)
+            drop_parts(file)
         judges.append(opened)
     return judges
 
 
-def remembering(opened: Judge) -> Judge:
+Known = dict[tuple[Exchange, int], tuple[np.ndarray, float]]  # verdicts by exchange and repeat
+
+
+def recall(known: Known, exchanges: Sequence[Exchange], keys: pd.DataFrame, table: pd.DataFrame) -> None:
+    """Puts the verdicts of a table into `known`, so that a judge is asked what it were without an interruption."""
+    place = dict(zip(keys.itertuples(index=False, name=None), exchanges, strict=True))
+    columns = [*score_table.RESPONSE, "repeat", "graded", *LABELS]
+    for *key, repeat, graded, s, n, o, r, t in table[columns].itertuples(index=False, name=None):
+        known.setdefault((place[tuple(key)], repeat), (np.array([s, n, o, r, t]), graded))
+
+
+def remembering(opened: Judge, known: Known) -> Judge:
     """The judge asked once of each exchange: children begin with the responses that their parent ended with."""
-    known: dict[tuple[Exchange, int], tuple[np.ndarray, float]] = {}
 
     def judge(exchanges: Sequence[Exchange], repeat: int) -> Verdicts:
         new = [exchange for exchange in dict.fromkeys(exchanges) if (exchange, repeat) not in known]
@@ -197,15 +273,20 @@ def digest(content: Any) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
-def judged(opened: Judge, exchanges: Sequence[Exchange], keys: pd.DataFrame, repeats: int) -> pd.DataFrame:
+def judged(
+    opened: Judge, exchanges: Sequence[Exchange], keys: pd.DataFrame, repeats: int, steps: Sequence[int]
+) -> pd.DataFrame:
     """Verdicts on all exchanges; beyond the first time on the first and last snapshot's first replicate alone.
 
-    Responses on which the judge has none, as people have who labelled a sample, have no row.
+    `steps` are those of all snapshots, in order. Responses on which the judge has none, as people have who labelled a
+    sample, have no row.
     """
-    ends = keys["step"].isin((keys["step"].min(), keys["step"].max())) & (keys["replicate"] == 0)
+    ends = keys["step"].isin((*steps[:1], *steps[-1:])) & (keys["replicate"] == 0)
     tables = []
     for repeat in range(repeats):
         chosen = np.flatnonzero(ends | (repeat == 0))
+        if repeat and not len(chosen):
+            break
         verdicts = opened.judge([exchanges[i] for i in chosen.tolist()], repeat)
         known = ~np.isnan(verdicts.p).any(axis=1)
         if not known.all():
@@ -221,16 +302,20 @@ def judge_quality(config: ConfigDict, made: Setup, workdir: Path) -> None:
     c = config.judge_quality
     step = runs.done(workdir, c.stage)["total_steps"]
     fields = configs.judge("local", path=str(workdir / c.stage / "snapshots" / str(step)), template=c.template)
-    paths = [path.strip() for path in c.path.split(",")]
-    items = stances.labelled(
-        paths[0] if len(paths) == 1 else paths, topics=c.topics, seed=config.seed, n=c.max_examples
-    )
+    items = labelled(config)
     opened = open_judge(c.stage, fields, made.mesh, workdir)
     file = workdir / "quality" / "quality.json"
     if file.exists() and json.loads(file.read_text())["judge_hash"] == opened.hash:
         return say(f"{c.stage}: measured as a judge already")
     say(f"{c.stage}: judges {len(items)} labelled exchanges")
     quality.measure(opened, items, workdir / "quality")
+
+
+def labelled(config: ConfigDict) -> list[stances.Labelled]:
+    """What judge_quality measures on; UserError where there is none."""
+    c = config.judge_quality
+    paths = [path.strip() for path in c.path.split(",")]
+    return stances.labelled(paths[0] if len(paths) == 1 else paths, topics=c.topics, seed=config.seed, n=c.max_examples)
 
 
 class Measured(NamedTuple):

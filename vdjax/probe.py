@@ -19,6 +19,13 @@ from vdjax.files import write_whole
 STAGE = "models"
 
 
+def identity(directory: Path) -> str:
+    """What changes when a model is another: its place, and the sizes and times of its files, which may be large."""
+    files = sorted(f for pattern in ("config.json", "*.safetensors") for f in directory.glob(pattern))
+    facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return repr((str(directory.resolve()), facts))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vdjax.probe", description=__doc__, allow_abbrev=False)
     parser.add_argument("--models", nargs="+", required=True, help="directories or hub ids, in the order of training")
@@ -50,9 +57,10 @@ def main() -> None:
         return dataclasses.replace(cfg, max_position_embeddings=1)  # changes no number
 
     made = setup(config)
-    readers = []
+    readers, identities = [], []
     for path in flags.models:
         directory = hf.resolve(path)
+        identities.append(identity(directory))
         where = str(directory / "config.json")
         cfg = model_config.from_hf(hf.read_config(directory), where=where, ignore_fields=config.model.ignore_fields)
         if comparable(cfg) != comparable(made.model.cfg):
@@ -69,11 +77,11 @@ def main() -> None:
             )
         readers.append(hf.open_reader(directory, cfg))
     asked = measure.questions(config, made)
+    measure.check_keys(config, [STAGE], flags.workdir)
     steps = list(range(len(readers)))
     with jax.set_mesh(made.mesh):
-        # The files name no models, so that answers of others would look like these.
         series = measure.Series(STAGE, steps, readers, (0, steps[-1]))
-        measure.ask(config, made, asked, series, flags.workdir, again=True)
+        measure.ask(config, made, asked, series, flags.workdir, models="\n".join(identities))
         judges = measure.judge(config, made, asked, [STAGE], flags.workdir)
     if jax.process_index():
         return

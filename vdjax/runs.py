@@ -26,7 +26,7 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain",
 # What may differ between two runs in one workdir: how the work is laid out and shown, and what snapshots are asked.
 FREE_FIELDS = (
     *("mesh.", "log_every", "resume_every", "model.unroll", "model.remat"),
-    *("probes.", "judges.", "judge_quality."),
+    *("probes.", "judges.", "judge_quality.", "tokenizer.template_options."),
 )
 
 
@@ -71,6 +71,12 @@ def snapshot_params(config: ConfigDict, name: str, step: int, made: Setup, workd
     merged = partial(lora.merge, lora=model.lora)
     base = frozen_part(model, start_params(config, name, made, workdir))
     return jax.jit(merged)(lora.join(base, adapters))
+
+
+def calls(workdir: Path) -> Path:
+    """Where replies of APIs are kept and counted: with the study that an experiment belongs to, or in its workdir."""
+    of_study = workdir.parent / "judgements" / "calls"
+    return of_study if of_study.is_dir() else workdir / "judgements" / "calls"
 
 
 def done(workdir: Path, name: str) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def read_prompts(file: Path, opened: LanguageModel) -> tuple[list[dict[str, Any]
     rows, prompts = [], []
     for where, row in json_objects(file, "--prompts", "prompt or messages", ADDED):
         try:
-            prompts.append(chat.prompt_ids(prompt_of(row, where), opened.tokenizer, opened.template))
+            prompt = prompt_of(row, where)
+            prompts.append(chat.prompt_ids(prompt, opened.tokenizer, opened.template, sampled=True))
         except Dropped as dropped:
             raise UserError(f"{where}: the prompt cannot be used: {WHY[str(dropped)]}") from dropped
         rows.append(row)
@@ -130,7 +131,7 @@ def talk(opened: LanguageModel, sampling: Sampling, seed: int) -> None:
             return
         asked: list[Message] = [*messages, {"role": "user", "content": line}]
         try:
-            prompt = chat.prompt_ids(asked, opened.tokenizer, opened.template)
+            prompt = chat.prompt_ids(asked, opened.tokenizer, opened.template, sampled=True)
         except Dropped as dropped:
             say(f"this cannot be asked: {WHY[str(dropped)]}")
             continue

@@ -37,7 +37,8 @@ def reading(config: ConfigDict) -> tuple[Any, chat.Template, Path | None]:
     if not source:
         raise UserError("config.tokenizer.path is empty; a model from scratch needs a directory, hub id or 'bytes'")
     tok = tokenizer.byte_level() if source == "bytes" else tokenizer.load(source)
-    return tok, chat.pick_template(tok, config.tokenizer.chat_template), directory
+    options = config.tokenizer.get("template_options", chat.NO_THOUGHTS)  # runs made before there were any have none
+    return tok, chat.pick_template(tok, config.tokenizer.chat_template, dict(options)), directory
 
 
 def setup(config: ConfigDict) -> Setup:

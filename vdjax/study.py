@@ -128,6 +128,9 @@ def state(config: ConfigDict, folder: Path) -> str:
 
 def run_all(todo: Mapping[str, ConfigDict], workdir: Path, commands: Mapping[str, str]) -> None:
     """Runs experiments one after the other, each in WORKDIR/NAME; leaves alone what is done or runs elsewhere."""
+    if any(judge.kind == "api" for config in todo.values() for judge in config.judges.values()):
+        # One for all: what one experiment has paid for another need not, and a judge's budget is the study's.
+        (workdir / "judgements" / "calls").mkdir(parents=True, exist_ok=True)
     for number, (name, config) in enumerate(todo.items(), start=1):
         folder = workdir / name
         with held(folder) as mine:

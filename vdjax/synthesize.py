@@ -4,8 +4,9 @@ For every question of a probe set, or every line {prompt, topic, proposition} of
 answer that supports the proposition and one that opposes it, until the judge finds the intended stances in two of
 nearly the same length (vdjax.values.synthetic). A stage trains on the pairs by `data.path=FILE.jsonl` and
 `data.options.align=support` or `oppose`. --generator is a Hugging Face directory or hub id, one of our snapshots, or
-`api`: an OpenAI-compatible endpoint, set by --config.generator.* (base_url, model, key_env, ...). The same command goes
-on where it was interrupted.
+`api`: an OpenAI-compatible endpoint, set by --config.generator.* (base_url, model, key_env, ...). --judge is such a
+model, or one of a config's judges, of any kind: --judge NAME --config FILE.py. The same command goes on where it was
+interrupted.
 
 Pairs made from --probes answer the probes' own questions. Train on them and ask the same probes, and what is measured
 is in part what was learned by heart; the run then says how many examples that are. To keep them apart, give --prompts
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from vdjax import chat_api, runtime, sharding
@@ -29,7 +31,8 @@ from vdjax.data import chat
 from vdjax.data.examples import Dropped, Message
 from vdjax.errors import UserError
 from vdjax.files import write_whole
-from vdjax.judges.open import open_judge
+from vdjax.judges import LABELS, Exchange, Judge, Verdicts
+from vdjax.judges.open import check_judge, judge_of_flags, open_judge
 from vdjax.language_model import LanguageModel, identity, open_model
 from vdjax.probes import sets
 from vdjax.progress import progress_over, say
@@ -40,12 +43,14 @@ from vdjax.values import synthetic
 from vdjax.values.synthetic import Asked, Generator, Said
 
 # --config.generator.*, of --generator api
-ENDPOINT = {name: configs.JUDGES["api"][name] for name in chat_api.Endpoint._fields}
+ENDPOINT: dict[str, Any] = {name: configs.JUDGES["api"][name] for name in chat_api.Endpoint._fields}
 
 
 def local_generator(opened: LanguageModel, sampling: Sampling) -> Generator:
     """A generator from a loaded model; call it under `jax.set_mesh(opened.mesh)`."""
     parts = identity(opened) | {"sampling": sampling}
+    if opened.template.options:
+        parts |= {"template_options": dict(opened.template.options)}
 
     def write(asked: Sequence[Asked]) -> list[Said]:
         samples = generate(
@@ -70,7 +75,8 @@ def prompt_ids(asked: Asked, opened: LanguageModel) -> list[int]:
     """The request as system and user message; UserError where the chat template cannot write it."""
     messages: list[Message] = [{"role": "system", "content": asked.system}, {"role": "user", "content": asked.user}]
     try:
-        return chat.prompt_ids([m for m in messages if m["content"].strip()], opened.tokenizer, opened.template)
+        said = [m for m in messages if m["content"].strip()]
+        return chat.prompt_ids(said, opened.tokenizer, opened.template, sampled=True)
     except Dropped as dropped:
         raise UserError(
             f"the generator cannot be asked ({dropped}): {asked.user[:200]!r}; a template of one's own may leave "
@@ -80,7 +86,7 @@ def prompt_ids(asked: Asked, opened: LanguageModel) -> list[int]:
 
 def api_generator(endpoint: chat_api.Endpoint, sampling: Sampling, cache: Path) -> Generator:
     """A generator behind an endpoint. What it has written once is in `cache` and not paid for again."""
-    where = (endpoint.base_url.rstrip("/"), endpoint.model)
+    where = (endpoint.base_url.rstrip("/"), endpoint.model, *([endpoint.extra] if endpoint.extra else []))
 
     def write(asked: Sequence[Asked]) -> list[Said]:
         requests = [
@@ -98,6 +104,17 @@ def api_generator(endpoint: chat_api.Endpoint, sampling: Sampling, cache: Path) 
     return Generator(_digest({"endpoint": where, "sampling": sampling}), write)
 
 
+def decided(judge: Judge) -> Judge:
+    """The judge, to whom a response that it has no verdict on is off topic: it shows neither side's stance."""
+
+    def judged(exchanges: Sequence[Exchange], repeat: int) -> Verdicts:
+        p, graded = judge.judge(exchanges, repeat)
+        unknown = np.isnan(p).any(axis=1, keepdims=True)
+        return Verdicts(np.where(unknown, np.array(LABELS) == "off_topic", p), graded)
+
+    return judge._replace(judge=judged)
+
+
 def _digest(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -111,8 +128,9 @@ def main() -> None:
     )
     settings = synthetic.Settings()
     parser.add_argument("--generator", required=True, help="a directory, hub id or snapshot; or api")
-    parser.add_argument("--judge", required=True, help="a directory, hub id or snapshot")
-    parser.add_argument("--template", default="stance-v1", help="of the judge (vdjax/judges/templates)")
+    parser.add_argument("--judge", required=True, help="a directory, hub id or snapshot; or a judge of --config")
+    parser.add_argument("--config", default="", metavar="FILE.py[:ARG]", help="a config with that judge, of any kind")
+    parser.add_argument("--template", default="", help="of a model as judge; default: stance-v1")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="lines of prompt, topic, proposition")
@@ -129,7 +147,10 @@ def main() -> None:
     check_flags(flags)
     config = configs.experiment()
     config.generator = ConfigDict(ENDPOINT)
-    configs.override_only(config, overrides, "mesh", *["generator"] * (flags.generator == "api"))
+    name, fields = judge_of_flags(config, flags.judge, flags.template, flags.config)
+    own = "generator" if flags.generator == "api" else "tokenizer.template_options"
+    groups = ["mesh", own, *["judges"] * bool(flags.config)]
+    configs.override_only(config, overrides, *groups)
     template = synthetic.read_template(flags.instructions)
     tasks = read_tasks(flags)
     endpoint = chat_api.Endpoint(**config.generator.to_dict())
@@ -137,6 +158,8 @@ def main() -> None:
         chat_api.check(endpoint)
     sampling = Sampling(flags.max_new_tokens, flags.temperature)
     check(sampling)
+    if flags.config:
+        check_judge(name, fields)
     runtime.start()
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     cache = flags.out.with_name(f"{flags.out.name}.replies.sqlite")
@@ -144,9 +167,9 @@ def main() -> None:
         if flags.generator == "api":
             generator = api_generator(endpoint, sampling, cache)
         else:
-            mesh_flags = [override for override in overrides if override.startswith("--config.mesh.")]
+            mesh_flags = [flag for flag in overrides if flag.startswith(("--config.mesh.", "--config.tokenizer."))]
             generator = local_generator(open_model(flags.generator, "auto", mesh_flags), sampling)
-        judge = open_judge("judge", configs.judge("local", path=flags.judge, template=flags.template), mesh, cache)
+        judge = decided(open_judge(name, fields, mesh, flags.out.with_name(f"{flags.out.name}.calls")))
         chosen = synthetic.Settings(flags.attempts, flags.max_ratio, flags.seed)
         keep = flags.out.with_name(f"{flags.out.name}.written.jsonl")
         pairs, counts = synthetic.synthesize(tasks, generator, judge, template, chosen, keep)

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from vdjax.data import tokenizer
+from vdjax.data import chat, tokenizer
 from vdjax.data.chat import pick_template, template_hash
+from vdjax.data.examples import Counts
 from vdjax.data.sources import Message
 from vdjax.data.template import read_template, template_text
 from vdjax.errors import UserError
@@ -137,3 +138,47 @@ def test_hash_depends_on_the_text(byte_level: Any) -> None:
 
 def test_plain_template_documents_itself() -> None:
     assert read_template("plain").startswith('{#- vdjax "plain"')
+
+
+THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if loop.last and m.role == "assistant" %}<think>
+
+</think>
+
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""  # in the form of Qwen-3's
+
+
+def test_a_model_that_can_think_answers_at_once_where_it_is_sampled(byte_level: Any, tmp_path: Path) -> None:
+    file = tmp_path / "thinking.jinja"
+    file.write_text(THINKING)
+    asked: list[Message] = [{"role": "user", "content": "Is tea good?"}]
+    template = pick_template(byte_level, str(file))
+    thinking = pick_template(byte_level, str(file), {"enable_thinking": True})
+    plain, sampled = (
+        chat.decode(chat.prompt_ids(asked, byte_level, template, sampled=sampled), byte_level)
+        for sampled in (False, True)
+    )
+    assert plain.endswith("assistant\n") and sampled == plain + "<think>\n\n</think>\n\n"
+    assert chat.decode(chat.prompt_ids(asked, byte_level, thinking, sampled=True), byte_level) == plain
+
+    # What is trained on and scored is written as it was: the empty thought belongs to the answer.
+    def rendered(template: chat.Template) -> list[list[int]]:
+        both = chat.render_responses(asked, ["Yes", "No"], byte_level, template, max_length=200, counts=Counts())
+        whole = chat.render_conversation(asked, "Yes", byte_level, template, max_length=200, counts=Counts())
+        assert both and whole
+        return [part.tolist() for part in (*both, *whole)]
+
+    assert rendered(template) == rendered(thinking)
+    assert template_hash(template) == template_hash(thinking)
+
+
+def test_options_that_a_template_has_not(byte_level: Any) -> None:
+    assert pick_template(byte_level).options == {}
+    with pytest.raises(UserError, match="has no variable 'enable_thinkin', which tokenizer.template_options sets"):
+        pick_template(byte_level, "auto", {"enable_thinkin": False})

@@ -403,6 +403,25 @@ def test_missing_noise_is_named_with_the_line_that_measures_it(full):
     assert [how for _, how in sections.missing_floors(floors.iloc[:0], ["statement"])] == ["--config.seeds=[0,1,2]"]
 
 
+def test_a_judge_without_noise_is_not_to_be_repeated(full, tmp_path):
+    """A trained judge shows no options to reorder; `repeats` of it is refused."""
+    trained, people = {"name": "mine", "noiseless": True}, {"name": "anna", "kind": "human"}
+    other = {"name": "api", "kind": "api"}
+
+    def how(*judges):
+        return [how for _, how in sections.missing_floors(full[3].floors.iloc[:0], ["open_ended:a"], judges)]
+
+    rest = ["probes.replicates = 2", "--config.seeds=[0,1,2]"]
+    assert how(trained) == how(trained, people) == rest
+    assert how() == how(trained, other) == [rest[0], "judges.NAME.repeats = 2", rest[1]]
+    scores, found = rich.make_evidence()
+    for judges, said in ((({**found.judges[0], **trained},), True), (found.judges, False)):
+        report.write(tmp_path, scores, rich.STAGES, NO_TRAINING, {}, found._replace(judges=judges))
+        page = (tmp_path / "report.html").read_text()
+        assert ("The own noise of mine is 0 by construction" in page) == said
+        assert ("judges.NAME.repeats = 2" in page) != said
+
+
 def test_what_only_all_topics_together_show_is_in_the_headline():
     """Four propositions a topic cannot be significant; twelve together can."""
     scores, _ = rich.make_evidence(propositions=4, replicates=1)

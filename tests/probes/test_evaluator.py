@@ -82,7 +82,7 @@ def test_groups_of_any_size_give_the_brute_force_sums(
     """2.5 snapshots of memory hold groups of two, the last one padded; 1 holds each alone."""
     with compiles() as names:
         sums, counts = evaluate(llama[0], snapshots, rows=rows, memory_bytes=fits * size_of(llama[0]))
-    assert names.count("jit(one)") == 1
+    assert names.count("jit(score)") == 1
     want_counts = [[(i.rendered.branches == a + 1).sum() for a in range(3)] for i in ITEMS]
     np.testing.assert_array_equal(counts, want_counts)
     per_token = (sums - expected) / np.maximum(counts, 1)
@@ -145,7 +145,7 @@ def test_adapters_over_one_base_score_as_each_merged_alone(
     one = evaluator.size_in_bytes(adapters[0])
     with compiles() as names:
         sums, counts = evaluate(made, adapters, base=llama[1], memory_bytes=size_of(llama[0]) + fits * one)
-    assert names.count("jit(one)") == 1
+    assert names.count("jit(score)") == 1
     merged = [jax.tree.map(np.asarray, lora.merge(lora.join(llama[1], a), made.lora)) for a in adapters]
     alone = np.concatenate([evaluate(llama[0], [params])[0] for params in merged])
     np.testing.assert_allclose((sums - alone) / np.maximum(counts, 1), 0, atol=1e-5)
@@ -166,7 +166,8 @@ def test_the_base_is_held_once(llama: tuple[Model, Any], adapted: tuple[Model, l
         )
         with jax.set_mesh(mesh):
             score = evaluator.make_scorer(made, plan.shape.sequences, mesh)
-            return score.lower(stacked, llama[1], plan.batches[0]).compile().memory_analysis()
+            lowered = score.func.lower(*score.args, stacked, llama[1], plan.batches[0], **score.keywords)
+            return lowered.compile().memory_analysis()
 
     one = evaluator.size_in_bytes(adapters[0])
     held = [memory(n).argument_size_in_bytes for n in (1, 5)]

@@ -61,6 +61,13 @@ def changed(params: Any, count: int, scale: float) -> list[Any]:
     ]
 
 
+def test_probes_are_asked_with_the_options_of_the_template() -> None:
+    text = TEMPLATE.text + "{% if enable_thinking is false %} At once:{% endif %}"
+    told = replace(TEMPLATE, text=text, options={"enable_thinking": False})
+    for one, other in zip(ASKED, open_ended.prompts(PROBES, VARIANTS, TOK, told, 200), strict=True):
+        assert chat.decode(other.tokens, TOK) == chat.decode(one.tokens, TOK) + " At once:"
+
+
 @pytest.fixture(scope="module")
 def snapshots(llama: tuple[Model, Any]) -> list[Any]:
     return changed(llama[1], 3, 0.3)

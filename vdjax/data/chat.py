@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int8, Int32
 
 from vdjax.data.examples import Counts, Dropped, Example, Message
-from vdjax.data.template import Template, pick_template, template_hash, template_text
+from vdjax.data.template import NO_THOUGHTS, Template, pick_template, template_hash, template_text
 from vdjax.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Tokenizer = PreTrainedTokenizerBase
 
 __all__ = [
+    "NO_THOUGHTS",
     "Rendered",
     "Template",
     "decode",
@@ -280,11 +281,13 @@ def _branches(
 # A prompt alone: what a response is sampled for
 
 
-def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, template: Template) -> list[int]:
+def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, template: Template, *, sampled: bool = False) -> list[int]:
     """The tokens that a response to `prompt` comes after: text behind the bos, messages with the generation prompt.
 
     They are those of branch 0 in `render_responses`, unless a response begins in the middle of a token there (after a
     text prompt that ends with a space, say).
+
+    sampled: with the template's options, as where a model that can think is to answer at once.
 
     Raises:
       Dropped: 'empty_prompt', 'special_token_in_text' (it would forge a turn), or the template's refusal.
@@ -293,7 +296,9 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer, template: Template) -> list
     if isinstance(prompt, str):
         ids = _encode(prompt, template, template.bos_ids).ids
     else:
-        ids = _encode(template_text(prompt, tokenizer, template, generation_prompt=True), template).ids
+        options = template.options if sampled else {}
+        text = template_text(prompt, tokenizer, template, generation_prompt=True, options=options)
+        ids = _encode(text, template).ids
     if not ids:
         raise Dropped("empty_prompt")
     return ids

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
 
 from vdjax.data.examples import Dropped, Message
 from vdjax.data.tokenizer import byte_characters
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 DATE = "26 Jul 2024"  # Llama-3.1 templates print a date; theirs when none is given
 TEMPLATES = ("plain", "chatml", "llama3")
+NO_THOUGHTS = MappingProxyType({"enable_thinking": False})  # known to the templates of Qwen-3 and others
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Template:
         turn. end_id: the one put behind an answer for which the template has none (raw text, documents): the eos.
     bos_ids: what the tokenizer by itself puts before raw text: () or one id.
     forbidden: matches the text of special and stop tokens, which no message may contain.
+    options: what the template is told where a response is to be sampled, and only there: what is trained on and scored
+        is written without. Variables that the template has not are left out.
     encoder: the tokenizer's own rules, without a post-processor that trims offsets (SmolLM2's leaves spaces out).
     lost_bytes: bytes that a byte-level vocabulary has no token for, so that their characters vanish (SmolLM2's lacks
         those of some control characters).
@@ -48,6 +52,7 @@ class Template:
     forbidden: re.Pattern[str]
     encoder: Encoder
     lost_bytes: bytes
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def template_hash(template: Template) -> str:
@@ -59,12 +64,17 @@ def read_template(name: str) -> str:
     return resources.files("vdjax.data").joinpath(f"templates/{name}.jinja").read_text(encoding="utf-8")
 
 
-def pick_template(tokenizer: Tokenizer, name: str = "auto") -> Template:
+def pick_template(
+    tokenizer: Tokenizer, name: str = "auto", options: Mapping[str, Any] = NO_THOUGHTS
+) -> Template:
     """The template to use: 'auto' (the tokenizer's own, else plain), one of TEMPLATES, or the path of a .jinja file.
 
-    Raises UserError for unknown names, for a tokenizer without eos, for tokens that the template needs and the
-    tokenizer lacks, and for a template under which a conversation cannot be split: its text up to an answer, with the
-    generation prompt, must be how the text of the whole conversation begins.
+    `options` are variables of the template, for what is sampled: see `Template`.
+
+    Raises UserError for unknown names, for an option but NO_THOUGHTS that the template has not, for a tokenizer without
+    eos, for tokens that the template needs and the tokenizer lacks, and for a template under which a conversation
+    cannot be split: its text up to an answer, with the generation prompt, must be how the text of the whole
+    conversation begins.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("tokenizer: it has no eos token, and without one no answer can end")
@@ -84,13 +94,16 @@ def pick_template(tokenizer: Tokenizer, name: str = "auto") -> Template:
     else:
         raise UserError(f"template: {name!r} is no name and no .jinja file{nearest(name, ('auto', *TEMPLATES))}")
     text = _without_clock(text, name)
+    known = {key: value for key, value in options.items() if re.search(rf"\b{re.escape(key)}\b", text)}
+    for key in options.keys() - known.keys() - NO_THOUGHTS.keys():
+        raise UserError(f"template: {name} has no variable {key!r}, which tokenizer.template_options sets")
     special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
-    template = Template(
-        name, text, (), tokenizer.eos_token_id, bos_ids, _any_of(special), _encoder(tokenizer), _lost_bytes(tokenizer)
-    )
+    encoder, lost = _encoder(tokenizer), _lost_bytes(tokenizer)
+    template = Template(name, text, (), tokenizer.eos_token_id, bos_ids, _any_of(special), encoder, lost, known)
     try:
         stops = {tokenizer.eos_token_id, *_generation_stops(tokenizer), *_turn_end(tokenizer, template)}
         _check_template(tokenizer, template)
+        template_text(SAMPLE[:1], tokenizer, template, generation_prompt=True, options=known)
     except Dropped as dropped:
         raise UserError(f"template: {name} fails on an ordinary conversation: {dropped.__cause__}") from dropped
     forbidden = _any_of(special | {str(tokenizer.convert_ids_to_tokens(i)) for i in stops})
@@ -190,7 +203,11 @@ def _check_template(tokenizer: Tokenizer, template: Template) -> None:
 
 
 def template_text(
-    messages: Sequence[Message], tokenizer: Tokenizer, template: Template, generation_prompt: bool = False
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    template: Template,
+    generation_prompt: bool = False,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """Messages as the template writes them; Dropped 'template_refuses' when it raises an error about their content."""
     from jinja2 import TemplateError
@@ -203,6 +220,7 @@ def template_text(
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
                 date_string=DATE,
+                **options,
             )
         )
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:

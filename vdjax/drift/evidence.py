@@ -18,7 +18,8 @@ class Evidence(NamedTuple):
 
     responses: pd.DataFrame | None = None  # joined with their judgements of repeat 0: one row a response x judge
     judgements: pd.DataFrame | None = None
-    judges: tuple[Mapping[str, Any], ...] = ()  # {name, kind, path, template, hash, quality: mapping or None}
+    judges: tuple[Mapping[str, Any], ...] = ()  # {name, kind, path, template, hash, quality: mapping or None},
+    # and noiseless: True where a judge has no noise by construction
     reseeded: pd.DataFrame | None = None  # drift of the same experiment trained with other seeds (noise.RESEEDED)
     variants: Sequence[tuple[str, str]] = ()  # system prompt and template of each variant
     audit: Mapping[str, pd.DataFrame] = {}  # tables of the data's own values: values, gaps, hits

@@ -33,7 +33,8 @@ from vdjax.errors import UserError, nearest
 COLUMNS = ("readout", "stage", "topic", "stance", "source", "floor", "n")
 SOURCES = {
     "sampling": "the first and last snapshot were not sampled again (config.probes.replicates)",
-    "judge": "no judge repeated its judgements (repeats of a judge)",
+    "judge": "no judge repeated its judgements (repeats of a judge; one that is asked for label texts, as trained "
+    "judges are, always judges alike: its own noise is 0)",
     "training": "one training run was made (config.seeds)",
 }
 EXCEEDED = 0.05  # share of repeats without drift that exceed the floor

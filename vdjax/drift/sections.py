@@ -50,11 +50,23 @@ def floors(frame: pd.DataFrame) -> dict[str, Any] | None:
     return {"short": table(largest[known].join(repeats).reset_index()), "table": table(frame)}
 
 
-def missing_floors(frame: pd.DataFrame, readouts: Sequence[str]) -> list[tuple[str, str]]:
-    """(what was not measured, how to) for every source of noise that the readouts can have."""
+def missing_floors(
+    frame: pd.DataFrame, readouts: Sequence[str], judges: Sequence[Mapping[str, Any]] = ()
+) -> list[tuple[str, str]]:
+    """(what was not measured, how to) for every source of noise that the readouts can have.
+
+    Judges that have none by construction (`noiseless`), and people, whose labels are given once, cannot be repeated.
+    """
     sampled = any(readout.startswith("open_ended") for readout in readouts)
-    possible = [source for source in NOISE if sampled or source == "training"]
+    repeatable = [judge for judge in judges if not judge.get("noiseless") and judge.get("kind") != "human"]
+    can_have = {"sampling": sampled, "judge": sampled and bool(repeatable or not judges), "training": True}
+    possible = [source for source in NOISE if can_have[source]]
     return [NOISE[source] for source in possible if source not in set(frame.get("source", ()))]
+
+
+def noiseless(judges: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of judges whose own noise is 0 by construction."""
+    return [judge["name"] for judge in judges if judge.get("noiseless")]
 
 
 def judges(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

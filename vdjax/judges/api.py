@@ -1,7 +1,8 @@
 """A judge behind a chat completion endpoint: p(label) from the log-probs of option letters, or from sampled votes.
 
 The prompt is that of a local judge's template. By log-probs every exchange is asked in all rotations of the options, so
-that each label has each letter once; by votes each vote is asked in the next rotation.
+that each label has each letter once; by votes each vote is asked in the next rotation. Which of the two is part of the
+judge's hash.
 """
 
 import hashlib
@@ -13,8 +14,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from ml_collections import ConfigDict
 
-from vdjax.chat_api import Endpoint, Reply, Request, ask, check
+from vdjax.chat_api import Endpoint, Reply, Request, ask, check, serves_log_probs
 from vdjax.errors import UserError
 from vdjax.judges.local import label_orders, verdicts
 from vdjax.judges.prompts import LETTERS, JudgeTemplate, prompt_text, read_template
@@ -23,29 +25,24 @@ from vdjax.progress import say
 
 TOP = 20  # log-probs asked for, the most that OpenAI gives
 LEAST_MASS = 0.1  # of all letters together, below which a model has not answered with a letter
+VOTES = 10  # where log-probs are wanted and not served
 VOTE_TOKENS = 16
 VOTE = re.compile(r"[(*]*([A-Z])[)*.:]*")
+SAMPLE = Exchange("Tea is good.", "Is tea good?", "Yes.")  # asked of an endpoint to see what it serves
 ATTEMPTS = 3  # at a vote, until it is a letter
 MOST_UNREADABLE = 0.1  # share of answers
 
 Answers = Float[np.ndarray, "exchanges orders labels"]  # p of the template's labels; NaN where unreadable
 
 
-def open_api(name: str, fields: Mapping[str, Any], cache: Path) -> Judge:
-    """The judge of an endpoint; nothing is asked yet.
-
-    Answers that are no option's letter are left out and counted; an exchange without any other has NaN in its verdict.
-    The judge raises UserError where more than a tenth of all answers are such, where log-probs are not served (after
-    one call), and as `chat_api.ask` does. Where several processes run, one of them should judge.
-
-    Args:
-      fields: a judge of kind "api" (`vdjax.config.judge`).
-      cache: folder for the replies and what they cost.
+def check_api(name: str, fields: Mapping[str, Any]) -> tuple[Endpoint, JudgeTemplate]:
+    """Where a judge asks, and what; nothing is asked.
 
     Raises:
       UserError: an endpoint that cannot be asked, no such template, or one that is not answered by letters.
     """
-    endpoint = Endpoint(*(fields[field] for field in Endpoint._fields))
+    given = ConfigDict(fields).to_dict()  # plain dicts all the way down, as JSON wants them
+    endpoint = Endpoint(**{field: given[field] for field in Endpoint._fields if field in given})
     votes, where = fields["votes"], f"config.judges.{name}"
     try:
         check(endpoint)
@@ -56,9 +53,34 @@ def open_api(name: str, fields: Mapping[str, Any], cache: Path) -> Judge:
     asked = read_template(fields["template"])
     if not (asked.chat and asked.letters):
         raise UserError(f"{where}.template={asked.name!r}: an API needs one with chat = true and letters = true")
+    return endpoint, asked
+
+
+def open_api(name: str, fields: Mapping[str, Any], cache: Path) -> Judge:
+    """The judge of an endpoint. Where log-probs are wanted, one call tells whether there are any; else VOTES are taken.
+
+    Answers that are no option's letter are left out and counted; an exchange without any other has NaN in its verdict.
+    The judge raises UserError where more than a tenth of all answers are such, and as `chat_api.ask` does. Where
+    several processes run, one of them should judge.
+
+    Args:
+      fields: a judge of kind "api" (`vdjax.config.judge`).
+      cache: folder for the replies and what they cost.
+
+    Raises:
+      UserError: as `check_api` and `chat_api.ask`.
+    """
+    endpoint, asked = check_api(name, fields)
+    file, votes = cache / "replies.sqlite", fields["votes"]
+    if not votes:
+        sample = messages(asked, SAMPLE, range(len(asked.labels)))
+        if not serves_log_probs(endpoint, Request(sample, 0.0, 1, TOP), file, f"judge {name}"):
+            votes = VOTES
+            say(f"judge {name}: {endpoint.model} serves no log-probs; it is asked for {VOTES} votes a response instead")
+    # With the number of votes, not what was wished for: verdicts of one hash were all read in one way.
     parts = [endpoint.base_url.rstrip("/"), endpoint.model, asked.source, votes]
-    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    file = cache / "replies.sqlite"
+    parts += [endpoint.extra] if endpoint.extra else []
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def judge(exchanges: Sequence[Exchange], repeat: int = 0) -> Verdicts:
         if votes:
@@ -77,20 +99,20 @@ def open_api(name: str, fields: Mapping[str, Any], cache: Path) -> Judge:
 def by_log_probs(
     endpoint: Endpoint, asked: JudgeTemplate, exchanges: Sequence[Exchange], repeat: int, file: Path, what: str
 ) -> tuple[Answers, str]:
-    """p by the letters' log-probs, renormalised over them; and an answer that could not be read."""
+    """p by the letters' log-probs, renormalised over them; and an answer that could not be read.
+
+    One that has no log-probs is such: an endpoint that serves them for some responses only is not voted on for others.
+    """
     orders = label_orders(asked, repeat)
     requests = [Request(messages(asked, x, order), 0.0, 1, TOP) for x in exchanges for order in orders]
-    for part in (requests[: len(orders)], requests):  # one exchange's calls tell whether log-probs are served
-        replies = ask(endpoint, part, file, what)
-        if replies and all(reply.top_logprobs is None for reply in replies):
-            raise UserError(f"{what}: {endpoint.model} serves no log-probs; set votes, such as votes=10")
+    replies = ask(endpoint, requests, file, what)
     out, example = np.full((len(requests), len(asked.labels)), np.nan), ""
     for i, reply in enumerate(replies):
         mass = letter_mass(reply, len(asked.labels))
         if mass.sum() >= LEAST_MASS:
             out[i, orders[i % len(orders)]] = mass / mass.sum()
         else:
-            example = reply.text
+            example = "no log-probs" if reply.top_logprobs is None else reply.text
     return out.reshape(len(exchanges), len(orders), len(asked.labels)), example
 
 

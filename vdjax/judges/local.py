@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vdjax import runs, sharding
-from vdjax.data import chat, packing
+from vdjax.data import chat, packing, tokenizer
 from vdjax.data.chat import Rendered
 from vdjax.data.examples import Counts, Dropped
 from vdjax.errors import UserError
@@ -88,17 +88,25 @@ def open_local(name: str, fields: ConfigDict, mesh: jax.sharding.Mesh) -> Judge:
     return judge_of(name, digest, opened.model, opened.params, reader, mesh, fields.rows)
 
 
+def check_fits(asked: str, tokenizer: Any, template: chat.Template) -> None:
+    """UserError where a model with this tokenizer and chat template cannot be asked by a judge's template."""
+    make_reader(tokenizer, template, read_template(asked), 2**31 - 1)
+
+
 def check_local(name: str, fields: ConfigDict) -> None:
-    """UserError where `open_local` would find no model or template; loads no weights."""
+    """UserError where `open_local` would find no model or template, or two that do not fit; loads no weights."""
     if not fields.path:
         raise UserError(f"config.judges.{name}.path is empty; it is the directory, hub id or snapshot of a model")
     template = read_template(fields.template)
     if fields.repeats > 1 and not template.letters:
         raise UserError(f"config.judges.{name}.repeats={fields.repeats}: {template.name} shows no options to reorder")
     if Path(fields.path).resolve().parent.name == "snapshots":
-        runs.locate(Path(fields.path))
+        directory = runs.locate(Path(fields.path))[2] / "model"
     else:
-        hf.read_config(hf.resolve(fields.path, fields.revision or None))
+        directory = hf.resolve(fields.path, fields.revision or None)
+        hf.read_config(directory)
+    tok = tokenizer.load(directory)
+    check_fits(fields.template, tok, chat.pick_template(tok))
 
 
 def judge_of(

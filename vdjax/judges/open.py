@@ -5,8 +5,31 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from vdjax.errors import UserError
+from vdjax import chat_api
+from vdjax import config as configs
+from vdjax.errors import UserError, nearest
 from vdjax.judges import Judge, api, human, local
+
+
+def judge_of_flags(config: ConfigDict, judge: str, template: str, spec: str) -> tuple[str, ConfigDict]:
+    """Name and fields of the judge that a command was given: `--judge NAME --config FILE.py`, or a model.
+
+    Args:
+      config: the command's; the judges of FILE.py are put into it, so that --config.judges.NAME.* can set their fields.
+      template: of a model as judge; "": stance-v1.
+      spec: of --config; "": `judge` is a directory, hub id or snapshot.
+
+    Raises:
+      UserError: no such file or no such judge in it; a template beside a config, which has its own.
+    """
+    if not spec:
+        return Path(judge).name, configs.judge("local", path=judge, template=template or "stance-v1")
+    config.judges = configs.read(spec).judges
+    if judge not in config.judges:
+        raise UserError(f"--judge {judge}: is no judge in {spec}{nearest(judge, config.judges)}")
+    if template:
+        raise UserError(f"--template: is for a model as judge; {spec} says how {judge} is asked")
+    return judge, config.judges[judge]
 
 
 def check_judge(name: str, fields: ConfigDict) -> None:
@@ -20,9 +43,19 @@ def check_judge(name: str, fields: ConfigDict) -> None:
     if fields.kind == "local":
         local.check_local(name, fields)
     elif fields.kind == "api":
-        api.open_api(name, fields, Path())
+        api.check_api(name, fields)
     else:
         human.open_human(name, fields)
+
+
+def check_key(name: str, fields: ConfigDict) -> None:
+    """UserError where a judge needs a key that the environment has not."""
+    if fields.kind == "api":
+        endpoint, _ = api.check_api(name, fields)
+        try:
+            chat_api.key_of(endpoint)
+        except UserError as error:
+            raise UserError(f"config.judges.{name}.key_env: {error}") from None
 
 
 def open_judge(name: str, fields: ConfigDict, mesh: jax.sharding.Mesh, cache: Path) -> Judge:

@@ -17,6 +17,7 @@ from scipy import stats
 from vdjax.data.stances import Labelled
 from vdjax.errors import UserError, nearest
 from vdjax.judges.verdicts import LABELS, Judge, Verdicts
+from vdjax.progress import say
 
 BINS = 15
 ALL = "all"
@@ -108,8 +109,21 @@ def _share(successes: int, trials: int) -> tuple[float, float, float]:
 
 
 def measure(judge: Judge, items: Sequence[Labelled], folder: Path) -> None:
-    """Has the judge judge labelled exchanges, writes `folder` (see `write`) and prints the summary."""
+    """Has the judge judge labelled exchanges, writes `folder` (see `write`) and prints the summary.
+
+    Exchanges that it has no verdict on are counted, and left out.
+
+    Raises:
+      UserError: it has a verdict on none.
+    """
     found = judge.judge([item.exchange for item in items], 0)
+    known = ~np.isnan(found.p).any(axis=1)
+    if not known.any():
+        raise UserError(f"judge {judge.name}: has a verdict on none of {len(items)} labelled exchanges")
+    if not known.all():
+        say(f"judge {judge.name}: has no verdict on {(~known).sum()} of {len(items)}, which are left out")
+        items = [item for item, one in zip(items, known, strict=True) if one]
+        found = Verdicts(found.p[known], found.graded[known])
     if jax.process_index() == 0:
         print(summary(write(judge, items, found, folder)))
 

@@ -1,5 +1,6 @@
 """The value-probe evaluator: every probe under every snapshot, in one program vmapped over snapshots."""
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -114,19 +115,29 @@ def stacked_shardings(model: Model, mesh: Mesh) -> Any:
     return jax.tree.map(one, params, trained_part(model, model.axes), hf.snapshot_axes(params))
 
 
-def make_scorer(model: Model, sequences: int, mesh: Mesh) -> Callable[[Any, Any, dict[str, Array]], Array]:
+def make_scorer(model: Model, sequences: int, mesh: Mesh) -> functools.partial[Array]:
     """`score(stacked, base, batch)`: log-probs of every sequence under every snapshot, [snapshots, rows, sequences].
 
     The snapshot axis of layer-stacked parameters comes after the layer axis, where the layer loop needs it: vmapped
     from the front, the loop would first copy all parameters to bring it there. `base` has no snapshot axis.
     """
+    how = {"sequences": sequences, "chunk": model.head_chunk}
+    return functools.partial(score, model.graphdef, **how)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("sequences", "chunk"))
+def score(
+    graphdef: Any, stacked: Any, base: Any, batch: dict[str, Array], *, sequences: int, chunk: int
+) -> Float[Array, "snapshots rows sequences"]:
+    """See `make_scorer`; compiled once, however often a series is asked in parts."""
+
     def one(params: Any, base: Any, batch: dict[str, Array]) -> Float[Array, "rows sequences"]:
-        module = nnx.merge(model.graphdef, lora.join(base, params))
-        log_probs = token_log_probs(module, batch, chunk=model.head_chunk)
+        module = nnx.merge(graphdef, lora.join(base, params))
+        log_probs = token_log_probs(module, batch, chunk=chunk)
         return sequence_sums(log_probs, batch["sequence_ids"], sequences)
 
-    axes = hf.snapshot_axes(own_params(model))
-    return jax.jit(jax.vmap(one, in_axes=(axes, None, None), spmd_axis_name="snapshot"))
+    axes = (hf.snapshot_axes(stacked), None, None)
+    return jax.vmap(one, in_axes=axes, spmd_axis_name="snapshot")(stacked, base, batch)
 
 
 def evaluate(
@@ -165,14 +176,14 @@ def evaluate(
     columns = np.minimum(first[:, None] + np.arange(most), plan.shape.sequences - 1)
     has = np.arange(most) < np.array([len(item.answers) for item in items])[:, None]
     with jax.set_mesh(mesh):
-        score = make_scorer(model, plan.shape.sequences, mesh)
+        scorer = make_scorer(model, plan.shape.sequences, mesh)
         params_shape, specs = own_params(model), stacked_shardings(model, mesh)
         for part in parts:
             params = hf.stack_place([readers[i] for i in part], params_shape, specs)
             out = []
             for batch in progress(plan.batches, len(plan.batches)):
                 arrays = {k: sharding.put_global(v, sharding.rows_sharding(mesh, 2)) for k, v in batch.items()}
-                out.append(sharding.fetch(score(params, base or {}, arrays)))
+                out.append(sharding.fetch(scorer(params, base or {}, arrays)))
             found = np.stack(out, axis=1)[:, batch_of[:, None], row_of[:, None], columns]
             sums[part] = np.where(has, found, 0)
             del params

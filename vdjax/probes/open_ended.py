@@ -65,7 +65,7 @@ def prompts(
         for probe in probes:
             text = readouts.question(probe, variant)
             try:
-                tokens = chat.prompt_ids(readouts.conversation(text, variant), tokenizer, template)
+                tokens = chat.prompt_ids(readouts.conversation(text, variant), tokenizer, template, sampled=True)
                 if len(tokens) > max_length:
                     raise Dropped(f"it has {len(tokens)}")
             except Dropped as reason:
