@@ -21,7 +21,7 @@ KINDS = {
 CAPTIONS = {
     "summary": "Drift of each cell: comparisons (topic x stance) that moved, their size, their time.",
     "magnitude": "Drift magnitude by algorithm, data, topic and stance. " + tables.LEGEND,
-    "time": "Drift time, a share of the stage's steps, by algorithm, data, topic and stance; – where no drift is sure.",
+    "time": "Drift time by algorithm, data, topic and stance; – where no drift is sure. " + tables.TIME_LEGEND,
     "rates": "Drift of the rates of refusals, off-topic and degenerate responses. " + tables.LEGEND,
 }
 
