@@ -168,7 +168,7 @@ def test_tables_in_three_formats(tmp_path: Path) -> None:
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(magnitude.columns) + 1}
     assert r"open_ended:j\|1" in lines[2] and r"\*\*" in "".join(lines)
     latex = tables.to_latex(magnitude, "a_b < 5%", "tab:x")
-    assert r"tea\_1 \& <b>" in latex and r"a\_b $<$ 5\%" in latex
+    assert r"tea\_1 \& \textless{}b\textgreater{}" in latex and r"a\_b \textless{} 5\%" in latex
     assert "$+$0.220** [$+$0.170, $+$0.270] 3/3" in latex
     for text in ("+0.220** [+0.170, +0.270] 3/3", r"+0.220\*\* [+0.170, +0.270] 3/3"):
         assert text in (magnitude.to_csv(), tables.to_markdown(magnitude))["\\" in text]
@@ -176,6 +176,51 @@ def test_tables_in_three_formats(tmp_path: Path) -> None:
     assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(magnitude.columns) - 1}
     for rule in ("toprule", "midrule", "bottomrule"):
         assert rule in latex
+
+
+def latex_errors(text: str) -> list[str]:
+    """What LaTeX would stop at, or print as something else, in a table without commands of others."""
+    errors = []
+    bare = re.sub(r"\\(?:[&%$#_{}]|\\)", "", text)  # without \& and the like, and line ends
+    begun: list[str] = []
+    for which, name in re.findall(r"\\(begin|end)\{(\w+)\}", bare):
+        if which == "begin":
+            begun.append(name)
+        elif not begun or begun.pop() != name:
+            errors.append(f"\\end{{{name}}}")
+    depth = 0
+    for character in bare:
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth < 0:
+            errors.append("a brace too many")
+    errors += begun + ["an open brace"] * depth
+    math = re.sub(r"\$[+-]\$", "", bare)
+    errors += re.findall(r"[$%#^~_<>|\"]|[^\x00-\x7f]", math)
+    known = ("begin|end|caption|label|toprule|midrule|bottomrule|endfirsthead|endhead|endfoot|endlastfoot|multicolumn"
+             "|text(?:backslash|asciitilde|asciicircum|less|greater|bar)")  # fmt: skip
+    errors += [name for name in re.findall(r"\\([A-Za-z]*)", bare) if not re.fullmatch(known, name)]
+    columns = re.findall(r"\\begin\{longtable\}\{(l+)\}", text)
+    parts = {row: len(re.split(r"(?<!\\)&", row)) for row in text.splitlines()}
+    return errors + [r for r, n in parts.items() if n > 1 and (n != len(columns[0]) or not r.endswith(r"\\"))]
+
+
+@pytest.mark.parametrize("name", ["tea_1 & <b>", "\\input{x} $y^2$ ~ 5% #1 | \"q\" {", "a – b\\"])
+def test_latex_tables_are_balanced_and_escaped_throughout(tmp_path: Path, name: str) -> None:
+    merged = merged_of(tmp_path, [cell._replace(model=cell.model + name) for cell in study_cells((0, 1))])
+    for table, formatted in tables.all_tables(merged).items():
+        text = tables.to_latex(formatted.rename(columns={"topic": name}), page.CAPTIONS[table], f"tab:{table}")
+        assert latex_errors(text) == [], table
+        assert text.count(r"\toprule") == 2 and text.count("Continued on next page") == 1
+    assert r"mean \textbar{}drift\textbar{}" in tables.to_latex(tables.all_tables(merged)["summary"], "", "x")
+
+
+WRONG = ("a_b", "50%", "|drift|", "q < 0.05", "{", "}", r"\foo", "–", r"1 & 2 \\", r"\end{x}")
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_check_of_latex_finds_faults(wrong: str) -> None:
+    whole = "\\begin{longtable}{lll}\na & b & c \\\\\n%s\n\\end{longtable}\n"
+    assert latex_errors(whole % "x") == [] and latex_errors(whole % wrong) != []
 
 
 def test_one_seed_has_the_intervals_of_its_own_experiment(tmp_path: Path) -> None:

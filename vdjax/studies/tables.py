@@ -127,14 +127,20 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 def to_latex(table: pd.DataFrame, caption: str, label: str) -> str:
     """A booktabs longtable: the preamble needs booktabs and longtable."""
-    flat = table.astype(str).map(lambda cell: " ".join(cell.split()))
+    flat = table.rename(columns=_escaped).astype(str).map(lambda cell: _escaped(" ".join(cell.split())))
     columns = "l" * table.shape[1]
     text = flat.to_latex(
-        index=False, escape=True, longtable=True, caption=_escaped(caption), label=label, column_format=columns
+        index=False, escape=False, longtable=True, caption=_escaped(caption), label=label, column_format=columns
     )
-    text = text.replace("–", "--")
     return re.sub(r"(?<=[\s\[])([+-])(?=\d)", r"$\1$", text)
 
 
+# Not pandas' own escaping: it leaves < > and |, which the fonts of LaTeX's default encoding lack.
+SPECIAL = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''", "–": "--",
+}  # fmt: skip
+
+
 def _escaped(text: str) -> str:
-    return re.sub(r"([&%$#_{}])", r"\\\1", text).replace("<", "$<$").replace(">", "$>$").replace("|", "$|$")
+    return "".join(SPECIAL.get(character, character) for character in text)
