@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import html5lib
+import html_validator
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
+from vdjax.drift import figures as drift_figures
 from vdjax.drift.tensorboard import png_size
 from vdjax.errors import UserError
 from vdjax.studies import figures, merge, page, tables
@@ -279,6 +281,14 @@ def test_the_page_needs_nothing_else_and_runs_no_script_of_others(tmp_path: Path
     assert all(image.get("src", "").startswith("data:") for image in tree.iter("img"))
     assert "c-w-seed-0" in html
     assert len(list(tree.iter("img"))) == len(kinds)
+
+
+def test_the_html_checker_finds_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift_figures, "DPI", 40)
+    cells = study_cells((0, 1), ("<b> & a",))
+    merged = merged_of(tmp_path, cells, gaps=True, readouts=READOUTS[:1])
+    (tmp_path / "report.html").write_text(str(page.files(merged, cells, "COMMAND")["report.html"]))
+    assert html_validator.faults(tmp_path / "report.html") == []
 
 
 def test_gaps_are_those_of_preference_data(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import re
 
 import html5lib
+import html_validator
 import numpy as np
 import pandas as pd
 import pytest
@@ -288,6 +289,13 @@ def test_distances_are_bold_by_q_and_not_by_p(full):
     section = page.split('id="distances"')[1].split("<details")[0]
     assert section.count("<b>") == 1 and section.count("q 0.060") == 2 * 4 - 1
     assert "Bold where q" in section
+
+
+def test_the_html_checker_finds_no_fault(full, tmp_path):
+    wrong = tmp_path / "wrong.html"
+    wrong.write_text("<!doctype html><title>x</title><p id=a>x</p><p id=a align=left style='foo: 1'>y</p>")
+    assert len(html_validator.faults(wrong)) >= 3
+    assert html_validator.faults(full[0] / "report.html") == []
 
 
 JUDGED = ("-open_ended_stance_135m", "-open_ended_gpt_votes")
