@@ -60,6 +60,7 @@ def write_study(
                         times = dict(zip(TIMES, (0.5, 0.2, 0.8, 0.7 + cell.seed / 10), strict=True)) if sure else {}
                         moves.append(keys | {"magnitude": size, "ci_low": size - 0.03, "ci_high": size + 0.04,
                                              "significant": sure, "floor": floor,
+                                             "n_propositions": 8 + 4 * (topic == "all"),
                                              "real": sure and abs(size) > floor, **times})  # fmt: skip
                         values += [keys | {"step": step, "value": 0.3 + size * step / 10,
                                            "ci_low": 0.2, "ci_high": 0.9} for step in (0, 5, 10)]  # fmt: skip
@@ -280,6 +281,8 @@ def test_the_page_needs_nothing_else_and_runs_no_script_of_others(tmp_path: Path
     assert not list(tree.iter("script")) and not list(tree.iter("link"))
     assert all(image.get("src", "").startswith("data:") for image in tree.iter("img"))
     assert "c-w-seed-0" in html
+    assert all(html.count(text.replace("'", "&#39;")) == 1 for text in page.FIGURE_CAPTIONS.values())
+    assert html.count("n: 2 seed(s) a cell, 8 proposition(s) a topic.") == 1 + len(page.FIGURE_CAPTIONS)
     assert len(list(tree.iter("img"))) == len(kinds)
 
 
