@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from vdjax import config as configs
 from vdjax import experiment, measure, runs, study
+from vdjax.data import pipeline
 from vdjax.errors import UserError
 from vdjax.probes import score_table, sets
 from vdjax.setup import setup
@@ -24,7 +25,7 @@ from vdjax.studies import grid
 from vdjax.train import loop
 
 TRUNKS = ["tiny-things-seed-0", "tiny-things-seed-1"]
-CELLS = ["sft", "dpo_all", "dpo_few"]
+CELLS = ["sft", "dpo_all", "ipo_all", "dpo_few", "ipo_few"]
 
 
 def load(folder: Path, *overrides: str) -> ConfigDict:
@@ -138,7 +139,10 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
 
 @pytest.fixture(scope="module")
 def ran(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A study of two experiments as two shards: the first is run, of the second only its tables are made up."""
+    """A study of two experiments as two shards: the first is run, of the second only its tables are made up.
+
+    And what was done for it: the stages that were trained, and "reference" for each dataset that was scored.
+    """
     workdir = tmp_path_factory.mktemp("study")
     todo = grid.experiments(load(tiny_data))
 
@@ -152,19 +156,26 @@ def ran(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
             (folder / "drift").mkdir(exist_ok=True)
             frame.to_csv(folder / "drift" / table.name, index=False)
 
+    work: list[str] = []
+
+    def noted(what: Callable, name: Callable[..., str]) -> Callable:
+        return lambda *args: work.append(name(*args)) or what(*args)
+
     assert states() == ["todo", "todo"]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_stage", noted(loop.train_stage, lambda stage, *_: stage.name))
+        patch.setattr(pipeline, "score", noted(pipeline.score, lambda *_: "reference"))
         patch.setattr(loop, "peak_flops", lambda: 1e9)
         assert command(patch, tiny_data, workdir, "--shard", "0/2") == 0
         assert states() == ["done", "todo"]
         patch.setattr(experiment, "run", made_up)
         assert command(patch, tiny_data, workdir, "--shard", "1/2") == 0
     assert states() == ["done", "done"]
-    return workdir, TRUNKS
+    return workdir, work
 
 
 def test_a_study_shares_its_trunk_and_reports_on_every_cell(ran: tuple[Path, list[str]]) -> None:
-    workdir, trunks = ran
+    workdir, trunks = ran[0], TRUNKS
     assert {p.parent.name for p in (workdir / trunks[0]).glob("*/done.json")} == set(CELLS)
     drift = pd.read_csv(workdir / "tables" / "drift.csv", keep_default_na=False, na_values=[""])
     one = drift[(drift["objective"] == "dpo") & (drift["preference"] == "few") & (drift["topic"] == "tea")]
@@ -180,6 +191,18 @@ def test_a_study_shares_its_trunk_and_reports_on_every_cell(ran: tuple[Path, lis
     html5lib.HTMLParser(strict=True).parse(page)
     assert all(f"{trunk}/report.html" in page for trunk in trunks)
     assert list((workdir / "figures").glob("trajectories-*.png"))
+
+
+def test_sft_runs_once_and_reference_log_probs_are_computed_once(ran: tuple[Path, list[str]]) -> None:
+    """DPO and IPO of a dataset start from the same SFT snapshot: one file of its training and its held-out examples."""
+    workdir, work = ran
+    assert [name for name in work if name != "reference"] == CELLS
+    names = [file.stem.split("-") for file in (workdir / TRUNKS[0] / "data" / "reference").iterdir()]
+    assert work.count("reference") == len(names) == 4  # two datasets, each in two parts
+    assert len({data for data, *_ in names}) == 2
+    assert len({tuple(rest) for _, _, _, *rest in names}) == 1  # what they start from
+    later = work[work.index("ipo_few") :]
+    assert "reference" not in later and "reference" not in work[work.index("ipo_all") : work.index("dpo_few")]
 
 
 def test_what_is_finished_is_not_run_again(

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import html5lib
+import html_validator
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
+from vdjax.drift import figures as drift_figures
 from vdjax.drift import gaps
 from vdjax.drift.tensorboard import png_size
 from vdjax.errors import UserError
@@ -20,6 +22,7 @@ from vdjax.studies.merge import Merged
 TOPICS = ("all", "tea_1 & <b>", "rain")
 STANCES = ("support", "neutral", "oppose", "graded")
 READOUTS = ("open_ended:j|1", "statement")
+TIMES = ("drift_time", "drift_time_low", "drift_time_high", "drift_time_paired")
 DRIFTS = {"dpo": 0.2, "simpo": -0.1, "sft": 0.05}
 
 
@@ -55,10 +58,13 @@ def write_study(
                         size = drift_of(cell, topic, stance)
                         sure = cell.objective == "dpo" and stance == "support"
                         keys = {"readout": readout, "stage": cell.stage, "topic": topic, "stance": stance}
-                        moves.append(keys | {"magnitude": size, "significant": sure, "floor": floor,
-                                             "real": sure and abs(size) > floor,
-                                             "drift_time": 0.5 if sure else np.nan})  # fmt: skip
-                        values += [keys | {"step": step, "value": 0.3 + size * step / 10} for step in (0, 5, 10)]
+                        times = dict(zip(TIMES, (0.5, 0.2, 0.8, 0.7 + cell.seed / 10), strict=True)) if sure else {}
+                        moves.append(keys | {"magnitude": size, "ci_low": size - 0.03, "ci_high": size + 0.04,
+                                             "significant": sure, "floor": floor,
+                                             "n_propositions": 8 + 4 * (topic == "all"),
+                                             "real": sure and abs(size) > floor, **times})  # fmt: skip
+                        values += [keys | {"step": step, "value": 0.3 + size * step / 10,
+                                           "ci_low": 0.2, "ci_high": 0.9} for step in (0, 5, 10)]  # fmt: skip
         # An experiment's tables also hold its pretraining, which is no cell.
         moves.append(moves[0] | {"stage": "pretrain"})
         folder = workdir / trunk / "drift"
@@ -151,9 +157,12 @@ def test_tables_in_three_formats(tmp_path: Path) -> None:
         *("readout", "model", "algorithm", "preference data", "topic", "seeds"), *STANCES,
     ]  # fmt: skip
     keys = {"readout": "statement", "model": "b", "algorithm": "dpo", "preference data": "hh", "topic": "tea_1 & <b>"}
-    assert at(magnitude, **keys)["support"] == "+0.220** [+0.200, +0.240]"
-    assert at(magnitude, **keys)["oppose"] == "-0.220 [-0.240, -0.200]"
-    assert (at(made["time"], **keys)["support"], at(made["time"], **keys)["oppose"]) == ("50%", "–")
+    # +- t(0.975; 2) 0.02 / sqrt(3) = 0.0497
+    assert at(magnitude, **keys)["support"] == "+0.220** [+0.170, +0.270] 3/3"
+    assert at(magnitude, **keys)["oppose"] == "-0.220 [-0.270, -0.170] 0/3"
+    time = at(made["time"], **keys)
+    assert (time["support"], time["support, paired"]) == ("50% [50%, 50%]", "80% [70%, 90%]")
+    assert (time["oppose"], time["oppose, paired"]) == ("–", "–")
     summary = at(made["summary"], **{k: v for k, v in keys.items() if k != "topic"})
     assert (summary["moved"], summary["real"]) == ("2 of 6", "2 of 6")
     assert summary["JS distance"] == "1.100"
@@ -163,12 +172,98 @@ def test_tables_in_three_formats(tmp_path: Path) -> None:
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(magnitude.columns) + 1}
     assert r"open_ended:j\|1" in lines[2] and r"\*\*" in "".join(lines)
     latex = tables.to_latex(magnitude, "a_b < 5%", "tab:x")
-    assert r"tea\_1 \& <b>" in latex and r"a\_b $<$ 5\%" in latex
-    assert "$+$0.220** [$+$0.200, $+$0.240]" in latex
+    assert r"tea\_1 \& \textless{}b\textgreater{}" in latex and r"a\_b \textless{} 5\%" in latex
+    assert "$+$0.220** [$+$0.170, $+$0.270] 3/3" in latex
+    for text in ("+0.220** [+0.170, +0.270] 3/3", r"+0.220\*\* [+0.170, +0.270] 3/3"):
+        assert text in (magnitude.to_csv(), tables.to_markdown(magnitude))["\\" in text]
     rows = [line for line in latex.splitlines() if "tea" in line]
     assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(magnitude.columns) - 1}
     for rule in ("toprule", "midrule", "bottomrule"):
         assert rule in latex
+
+
+def latex_errors(text: str) -> list[str]:
+    """What LaTeX would stop at, or print as something else, in a table without commands of others."""
+    errors = []
+    bare = re.sub(r"\\(?:[&%$#_{}]|\\)", "", text)  # without \& and the like, and line ends
+    begun: list[str] = []
+    for which, name in re.findall(r"\\(begin|end)\{(\w+)\}", bare):
+        if which == "begin":
+            begun.append(name)
+        elif not begun or begun.pop() != name:
+            errors.append(f"\\end{{{name}}}")
+    depth = 0
+    for character in bare:
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth < 0:
+            errors.append("a brace too many")
+    errors += begun + ["an open brace"] * depth
+    math = re.sub(r"\$[+-]\$", "", bare)
+    errors += re.findall(r"[$%#^~_<>|\"]|[^\x00-\x7f]", math)
+    known = ("begin|end|caption|label|toprule|midrule|bottomrule|endfirsthead|endhead|endfoot|endlastfoot|multicolumn"
+             "|text(?:backslash|asciitilde|asciicircum|less|greater|bar)")  # fmt: skip
+    errors += [name for name in re.findall(r"\\([A-Za-z]*)", bare) if not re.fullmatch(known, name)]
+    columns = re.findall(r"\\begin\{longtable\}\{(l+)\}", text)
+    parts = {row: len(re.split(r"(?<!\\)&", row)) for row in text.splitlines()}
+    return errors + [r for r, n in parts.items() if n > 1 and (n != len(columns[0]) or not r.endswith(r"\\"))]
+
+
+@pytest.mark.parametrize("name", ["tea_1 & <b>", "\\input{x} $y^2$ ~ 5% #1 | \"q\" {", "a – b\\"])
+def test_latex_tables_are_balanced_and_escaped_throughout(tmp_path: Path, name: str) -> None:
+    merged = merged_of(tmp_path, [cell._replace(model=cell.model + name) for cell in study_cells((0, 1))])
+    for table, formatted in tables.all_tables(merged).items():
+        text = tables.to_latex(formatted.rename(columns={"topic": name}), page.CAPTIONS[table], f"tab:{table}")
+        assert latex_errors(text) == [], table
+        assert text.count(r"\toprule") == 2 and text.count("Continued on next page") == 1
+    assert r"mean \textbar{}drift\textbar{}" in tables.to_latex(tables.all_tables(merged)["summary"], "", "x")
+
+
+WRONG = ("a_b", "50%", "|drift|", "q < 0.05", "{", "}", r"\foo", "–", r"1 & 2 \\", r"\end{x}")
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_check_of_latex_finds_faults(wrong: str) -> None:
+    whole = "\\begin{longtable}{lll}\na & b & c \\\\\n%s\n\\end{longtable}\n"
+    assert latex_errors(whole % "x") == [] and latex_errors(whole % wrong) != []
+
+
+def test_one_seed_has_the_intervals_of_its_own_experiment(tmp_path: Path) -> None:
+    merged = merged_of(tmp_path, study_cells((0,)))
+    made = tables.all_tables(merged)
+    keys = {"readout": "statement", "algorithm": "dpo", "model": "b", "preference data": "hh", "topic": "rain"}
+    assert at(made["magnitude"], **keys)["support"] == "+0.200* [+0.170, +0.240]"
+    time = at(made["time"], **keys)
+    assert (time["support"], time["support, paired"]) == ("50% [20%, 80%]", "70%")
+    curves = merge.curves_over_seeds(merged.stances)
+    middle = at(curves[curves["share"] == 0.5], readout="statement", stance="support", **CELL)
+    np.testing.assert_allclose([middle["value"], middle["low"], middle["high"]], [0.4, 0.2, 0.9])
+    means = merge.over_seeds(merged.drift)
+    assert set(means["ci_over"]) == {"propositions"}
+
+
+def test_a_seed_of_several_without_the_drift_is_counted(tmp_path: Path) -> None:
+    merged = merged_of(tmp_path, study_cells())
+    lost = (merged.drift["seed"] == 2) & (merged.drift["objective"] == "dpo")
+    drift = merged.drift.assign(significant=merged.drift["significant"] & ~lost)
+    drift.loc[lost, list(TIMES)] = np.nan
+    row = at(merge.over_seeds(drift), readout="statement", stance="support", **CELL).to_dict()
+    assert tables.magnitude_cell(row) == "+0.220 [+0.170, +0.270] 2/3"
+    assert tables.paired_time_cell(row) == "75% [70%, 80%] (2 of 3 seeds)"
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_over_seeds_cover_the_truth_95_times_in_100(seeds: int) -> None:
+    """Of 1,000 readouts whose drift is 0.1 in the mean over all seeds, each with one topic."""
+    runs, truth = 1000, 0.1
+    rng = np.random.default_rng(seeds)
+    keys = pd.MultiIndex.from_product([range(runs), range(seeds)], names=["readout", "seed"])
+    drift = pd.DataFrame({"magnitude": truth + 0.05 * rng.standard_normal(len(keys))}, index=keys).reset_index()
+    drift = drift.assign(model="a", sft="w", objective="dpo", preference="p", stage="dpo_p", topic="t",
+                         stance="support", significant=False, floor=np.nan, ci_low=truth, ci_high=truth)  # fmt: skip
+    means = merge.over_seeds(drift.assign(**dict.fromkeys(TIMES, np.nan)))
+    covered = ((means["ci_low"] <= truth) & (truth <= means["ci_high"])).sum()
+    low, high = stats.binom.interval(0.998, runs, 0.95)
+    assert low <= covered <= high and set(means["ci_over"]) == {"seeds"}
 
 
 def test_the_page_needs_nothing_else_and_runs_no_script_of_others(tmp_path: Path) -> None:
@@ -187,7 +282,17 @@ def test_the_page_needs_nothing_else_and_runs_no_script_of_others(tmp_path: Path
     assert not list(tree.iter("script")) and not list(tree.iter("link"))
     assert all(image.get("src", "").startswith("data:") for image in tree.iter("img"))
     assert "c-w-seed-0" in html
+    assert all(html.count(text.replace("'", "&#39;")) == 1 for text in page.FIGURE_CAPTIONS.values())
+    assert html.count("n: 2 seed(s) a cell, 8 proposition(s) a topic.") == 1 + len(page.FIGURE_CAPTIONS)
     assert len(list(tree.iter("img"))) == len(kinds)
+
+
+def test_the_html_checker_finds_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift_figures, "DPI", 40)
+    cells = study_cells((0, 1), ("<b> & a",))
+    merged = merged_of(tmp_path, cells, gaps=True, readouts=READOUTS[:1])
+    (tmp_path / "report.html").write_text(str(page.files(merged, cells, "COMMAND")["report.html"]))
+    assert html_validator.faults(tmp_path / "report.html") == []
 
 
 def test_gaps_are_those_of_preference_data(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_a_judge_of_a_config_judges_the_pairs(
     with serve(answer) as server:
         run(server.url)
         paid = len(server.seen)
-        (tmp_path / "out.jsonl.written.json").unlink()
+        (tmp_path / "out.jsonl.written.jsonl").unlink()
         run(server.url)
         assert len(server.seen) == paid > 0
     pairs = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The tests' study, tiny_study.py:FOLDER: DPO on two preference datasets, two seeds."""
+"""The tests' study, tiny_study.py:FOLDER: DPO and IPO, which share a reference, on two datasets; two seeds."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from vdjax import config as base
 from vdjax.studies import grid
 
 
-def get_config(folder: str, objectives: tuple[str, ...] = ("dpo",)) -> ConfigDict:
+def get_config(folder: str, objectives: tuple[str, ...] = ("dpo", "ipo")) -> ConfigDict:
     c = tiny_config.get_config(folder)
     c.probes.readouts = ("statement",)
     c.pairs = f"{folder}/preferences.jsonl"

@@ -1,6 +1,7 @@
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 from synthetic_scores import STAGES, make_open_ended, make_runs, make_scores
 
@@ -57,6 +58,26 @@ def test_p_values_are_nominal_where_nothing_moves():
     found = statistics.analyse(scores, stage, resamples=49, permutations=255).distances
     found = found[found["topic"] != "all"]
     assert 1 <= (found["js_p_value"] < 0.05).sum() <= 17  # 99.8% of binomial(150, 0.05)
+
+
+def test_q_values_and_holm_by_their_definitions_within_each_readout():
+    """Of topics and of pooled rows apart: three topics and two stages make families of six and of two."""
+    stages = [StageInfo("s", "dpo", 9, None), StageInfo("t", "dpo", 9, None)]
+    how = {"topics": ("alpha", "beta", "gamma"), "stages": stages, "steps": {"s": [0, 9], "t": [0, 9]}}
+    drifts = {("s", "alpha"): 0.2, ("t", "beta"): 0.1}
+    scores = pd.concat([make_open_ended(drifts, judge=j, seed=i, **how) for i, j in enumerate(("one", "two"))])
+    found = statistics.analyse(scores, stages, resamples=99, permutations=1023).distances
+    assert tuple(found.columns) == distances.COLUMNS and len(found) == 2 * 2 * 4
+    for (_, pooled), family in found.groupby(["readout", found["topic"] == "all"]):
+        assert len(family) == (2 if pooled else 6)
+        for name in ("js", "tv"):
+            p = np.sort(family[f"{name}_p_value"])
+            m = len(p)
+            q = [min(1, *(p[j] * m / (j + 1) for j in range(i, m))) for i in range(m)]
+            adjusted = [min(1, max(p[j] * (m - j) for j in range(i + 1))) for i in range(m)]
+            np.testing.assert_allclose(np.sort(family[f"{name}_q_value"]), q)
+            np.testing.assert_allclose(np.sort(family[f"{name}_p_holm"]), adjusted)
+            assert (family[f"{name}_q_value"] >= family[f"{name}_p_value"]).all()
 
 
 def test_a_distribution_that_stays_has_distance_zero_and_one_proposition_no_interval():

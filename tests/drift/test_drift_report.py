@@ -1,6 +1,7 @@
 import re
 
 import html5lib
+import html_validator
 import numpy as np
 import pandas as pd
 import pytest
@@ -275,6 +276,26 @@ def test_every_table_and_figure_of_a_full_run(full):
     ):
         assert text in page.text, text
     assert "nan" not in page.text.lower() and "None" not in page.text
+
+
+def test_distances_are_bold_by_q_and_not_by_p(full):
+    workdir, scores, found, analysis = full
+    readout = analysis.distances["readout"].iloc[0]
+    table = analysis.distances.assign(js_p_value=0.04, tv_p_value=0.04, js_q_value=0.06)
+    first = (table["readout"] == readout) & (table["topic"] == rich.TOPICS[0]) & (table["stage"] == "sft")
+    table.loc[first, "js_q_value"] = 0.04
+    tables = report.all_tables(scores, rich.STAGES, NO_TRAINING, analysis, found)
+    page = report.render(scores, rich.STAGES, analysis._replace(distances=table), tables, {}, {}, found)
+    section = page.split('id="distances"')[1].split("<details")[0]
+    assert section.count("<b>") == 1 and section.count("q 0.060") == 2 * 4 - 1
+    assert "Bold where q" in section
+
+
+def test_the_html_checker_finds_no_fault(full, tmp_path):
+    wrong = tmp_path / "wrong.html"
+    wrong.write_text("<!doctype html><title>x</title><p id=a>x</p><p id=a align=left style='foo: 1'>y</p>")
+    assert len(html_validator.faults(wrong)) >= 3
+    assert html_validator.faults(full[0] / "report.html") == []
 
 
 JUDGED = ("-open_ended_stance_135m", "-open_ended_gpt_votes")

@@ -23,7 +23,8 @@ from vdjax.drift.scores import StageScores, TopicUnits
 
 COLUMNS = (
     ("readout", "stage", "topic", "from_step", "to_step", "js", "js_low", "js_high", "js_null", "js_p_value")
-    + ("tv", "tv_low", "tv_high", "tv_null", "tv_p_value", "n_propositions", "unit")
+    + ("js_q_value", "js_p_holm", "tv", "tv_low", "tv_high", "tv_null", "tv_p_value", "tv_q_value", "tv_p_holm")
+    + ("n_propositions", "unit")
 )  # fmt: skip
 
 
@@ -43,7 +44,8 @@ def row(
     rng: np.random.Generator,
     permutations: int,
 ) -> dict[str, Any]:
-    """One row of COLUMNS; interval and p-value are NaN where there are fewer than two units.
+    """One row of COLUMNS but the corrections, which take all rows (`statistics.analyse`); interval and p-value are NaN
+    where there are fewer than two units.
 
     `resampled` holds the bootstrap's means at the first and last snapshot, `level` that of their percentiles.
     """

@@ -14,11 +14,13 @@ blurred by propositions that differ from each other but do not move.
 - Intervals for these very questions (`ci_low_questions`): only responses are resampled, each within its question.
 - p-values: paired sign-flip permutation test over the units (scipy.stats.permutation_test), two-sided.
 - q-values (Benjamini-Hochberg) and `p_holm`: within a family. A family is the comparisons of one readout, of its
-  topics or of the pooled rows (which repeat the same data), of the three stances or of the other quantities.
+  topics or of the pooled rows (which repeat the same data), of the three stances or of the other quantities. The
+  Jensen-Shannon and the total-variation distances of these topics or pooled rows are a family each.
 - `real`: significant, and larger than what noise alone does (drift/noise.py); None where no noise was measured.
 """
 
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,7 +129,7 @@ def analyse(
     floors, floor_notes = noise.floors(scores, drift, reseeded)
     drift = _with_floors(_with_corrections(drift), floors)
     return Analysis(
-        _joined(tables["stances"], STANCE_COLUMNS), drift, _joined(tables["distances"], distances.COLUMNS), floors,
+        _joined(tables["stances"], STANCE_COLUMNS), drift, _distances(tables["distances"]), floors,
         tuple(dict.fromkeys([*notes, *missing, *floor_notes])),
     )  # fmt: skip
 
@@ -273,23 +275,34 @@ def drift_times(
     return dict(zip(TIMES, (float(time), float(time_low), float(time_high), float(paired)), strict=True))
 
 
-def families(drift: pd.DataFrame) -> pd.Series:
-    """The family of comparisons of each row: readout, topics or pooled, stances or other quantities."""
-    pooled = np.where(drift["topic"] == POOLED, "pooled", "topics")
-    stances = np.where(drift["stance"].isin(STANCES), "stances", "others")
-    return drift["readout"].astype(str) + "/" + pooled + "/" + stances
+def families(table: pd.DataFrame) -> pd.Series:
+    """The family of comparisons of each row: readout, topics or pooled, and of drifts stances or other quantities."""
+    out = table["readout"].astype(str) + np.where(table["topic"] == POOLED, "/pooled", "/topics")
+    return out + np.where(table["stance"].isin(STANCES), "/stances", "/others") if "stance" in table else out
+
+
+def _corrected(p_values: pd.Series, family: pd.Series, correct: Callable[[np.ndarray], np.ndarray]) -> pd.Series:
+    groups = p_values.astype(float).groupby(family, sort=False)
+    return groups.transform(lambda p: correct(p.to_numpy())).astype(float)
+
+
+def _distances(rows: list[pd.DataFrame]) -> pd.DataFrame:
+    """All rows, each distance's p-values corrected within its families."""
+    table = _joined(rows, distances.COLUMNS)
+    family = families(table)
+    for name in ("js", "tv"):
+        table[f"{name}_q_value"] = _corrected(table[f"{name}_p_value"], family, q_values)
+        table[f"{name}_p_holm"] = _corrected(table[f"{name}_p_value"], family, holm)
+    return table
 
 
 def _with_corrections(drift: pd.DataFrame) -> pd.DataFrame:
     """q-values and Holm's within each family, significance, and drift times only where the drift is significant."""
     drift = drift.copy()
-    groups = drift.groupby(families(drift), sort=False)
-    for column, p_values, correct in (
-        ("q_value", "p_value", q_values),
-        ("q_value_uncorrected", "p_value_uncorrected", q_values),
-        ("p_holm", "p_value", holm),
-    ):
-        drift[column] = groups[p_values].transform(lambda p, correct=correct: correct(p.to_numpy(float))).astype(float)
+    family = families(drift)
+    drift["q_value"] = _corrected(drift["p_value"], family, q_values)
+    drift["q_value_uncorrected"] = _corrected(drift["p_value_uncorrected"], family, q_values)
+    drift["p_holm"] = _corrected(drift["p_value"], family, holm)
     drift["significant"] = (drift["q_value"] < SIGNIFICANCE).astype(bool)
     for column in TIMES:
         drift[column] = drift[column].astype(float).where(drift["significant"])

@@ -115,7 +115,7 @@ def heat_map(means: pd.DataFrame) -> Figure:
 def trajectories(curves: pd.DataFrame, topic: str) -> Figure:
     """Values through SFT, then along each algorithm: a row a stance, a column a preference dataset.
 
-    Bands go from the least to the greatest of the seeds.
+    Bands go from the least to the greatest of the seeds; with one seed they are its 95% intervals.
     """
     curves = curves[curves["topic"] == topic]
     preferences = [name for name in curves["preference"].unique() if name]
@@ -204,7 +204,7 @@ def _square(axes: Axes, own: pd.DataFrame) -> None:
 def gap_against_drift(points: pd.DataFrame) -> Figure:
     """A point a cell and topic; on the dotted lines nothing is predicted, or nothing moved.
 
-    Lines: the gap's 95% interval, and the drift from the least to the greatest seed. Large points are certain.
+    Lines: the 95% intervals of the gap and of the drift (as in `over_seeds`). Large points are certain.
     """
     figure = Figure(figsize=(4.6, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -214,7 +214,7 @@ def gap_against_drift(points: pd.DataFrame) -> Figure:
     for row in points.to_dict("records"):
         color = styles[row["objective"]]["color"]
         axes.plot([row["gap_low"], row["gap_high"]], [row["drift"]] * 2, color=color, linewidth=0.7, alpha=0.5)
-        axes.plot([row["gap"]] * 2, [row["low"], row["high"]], color=color, linewidth=0.7, alpha=0.5)
+        axes.plot([row["gap"]] * 2, [row["ci_low"], row["ci_high"]], color=color, linewidth=0.7, alpha=0.5)
         axes.plot(
             row["gap"],
             row["drift"],

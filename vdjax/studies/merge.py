@@ -1,7 +1,7 @@
 """What a study's experiments measured, put together: DIR/report.html, DIR/tables, DIR/figures.
 
 Made from the files in the experiments' workdirs alone. A cell is measured once with each seed; every number here is the
-mean over the seeds, beside the least and the greatest.
+mean over the seeds, with an interval: `over_seeds` says of what.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -104,11 +104,14 @@ def _table(file: Path, cells: pd.DataFrame) -> pd.DataFrame:
 def over_seeds(drift: pd.DataFrame) -> pd.DataFrame:
     """One row for each readout, cell (of all seeds), topic and stance, in the order of `drift`.
 
-    Columns: seeds; magnitude (mean), low, high (least and greatest); floor, the noise floor of training for the mean
-    of the seeds (see `training_floors`; NaN with one seed); significant: in how many seeds the drift is so, in the
-    direction of the mean; floored, beyond: in how many it has a noise floor of its own experiment, and is beyond that;
-    drift_time (mean over the `timed` seeds in which it is defined); real: significant in every seed and beyond every
-    floor that was measured, at least one.
+    Columns: seeds; magnitude (mean), low, high (least and greatest); ci_low, ci_high: a 95% interval for other
+    `ci_over`, which is "propositions" with one seed, whose own bootstrap interval it is, and "seeds" with several, mean
+    +- floor; floor, the noise floor of training for the mean of the seeds (see `training_floors`; NaN with one seed);
+    significant: in how many seeds the drift is so, in the direction of the mean; floored, beyond: in how many it has a
+    noise floor of its own experiment, and is beyond that; drift_time, drift_time_paired: means over the `timed` seeds
+    that have them, with NAME_low and NAME_high: with one seed the interval of the drift time (the paired has none),
+    with several the least and the greatest, as a time is that of one of a few snapshots and a t interval would leave
+    [0, 1]; real: significant in every seed and beyond every floor that was measured, at least one.
     """
     direction = drift.groupby(WHAT)["magnitude"].transform("mean")
     groups = drift.assign(
@@ -123,13 +126,33 @@ def over_seeds(drift: pd.DataFrame) -> pd.DataFrame:
         significant=("significant", "sum"),
         floored=("floor", "count"),
         beyond=("beyond", "sum"),
+        ci_low=("ci_low", "mean"),
+        ci_high=("ci_high", "mean"),
         drift_time=("drift_time", "mean"),
+        drift_time_low=("drift_time_low", "min"),
+        drift_time_high=("drift_time_high", "max"),
+        drift_time_least=("drift_time", "min"),
+        drift_time_greatest=("drift_time", "max"),
+        drift_time_paired=("drift_time_paired", "mean"),
+        drift_time_paired_low=("drift_time_paired", "min"),
+        drift_time_paired_high=("drift_time_paired", "max"),
         timed=("drift_time", "count"),
     ).reset_index()
-    means = means.merge(training_floors(drift), on=WHAT, how="left")
+    means = _with_intervals(means.merge(training_floors(drift), on=WHAT, how="left"))
     measured = (means["floored"] > 0) | means["floor"].notna()
     within = (means["beyond"] < means["floored"]) | (means["magnitude"].abs() <= means["floor"])
     return means.assign(real=(means["significant"] == means["seeds"]) & measured & ~within)
+
+
+def _with_intervals(means: pd.DataFrame) -> pd.DataFrame:
+    """Of several seeds: what differs from seed to seed, not the mean of their own intervals."""
+    several = means["seeds"] > 1
+    means["ci_over"] = several.map({True: "seeds", False: "propositions"})
+    for end, sign, extreme in (("low", -1, "least"), ("high", 1, "greatest")):
+        means[f"ci_{end}"] = means[f"ci_{end}"].mask(several, means["magnitude"] + sign * means["floor"])
+        means[f"drift_time_{end}"] = means[f"drift_time_{end}"].mask(several, means.pop(f"drift_time_{extreme}"))
+        means[f"drift_time_paired_{end}"] = means[f"drift_time_paired_{end}"].where(several)
+    return means
 
 
 def training_floors(drift: pd.DataFrame) -> pd.DataFrame:
@@ -159,13 +182,16 @@ def ends_over_seeds(stances: pd.DataFrame) -> pd.DataFrame:
 def curves_over_seeds(stances: pd.DataFrame) -> pd.DataFrame:
     """Values along training: one row for each of `over_seeds`' and each `share` of the stage's steps.
 
-    Columns: share in [0, 1], value (mean over seeds), low, high.
+    Columns: share in [0, 1], value (mean over seeds), low, high: the least and the greatest, with one seed its own 95%
+    interval.
     """
     last = stances.groupby(["trunk", "stage"])["step"].transform("max")
     # All seeds of a cell have the same number of steps, and so the same shares.
     shares = stances.assign(share=(stances["step"] / last.where(last > 0, 1)).round(6))
-    groups = shares.groupby([*WHAT, "share"], sort=False)["value"]
-    return groups.agg(value="mean", low="min", high="max").reset_index()
+    alone = shares.groupby(WHAT)["seed"].transform("nunique") == 1
+    ends = {end: shares[f"ci_{end}"].where(alone, shares["value"]) for end in ("low", "high")}
+    groups = shares.assign(**ends).groupby([*WHAT, "share"], sort=False)
+    return groups.agg(value=("value", "mean"), low=("low", "min"), high=("high", "max")).reset_index()
 
 
 def gap_points(merged: Merged) -> pd.DataFrame:

@@ -6,6 +6,7 @@ from typing import Any
 
 from vdjax.drift.figures import DPI
 from vdjax.drift.report import PAGE_PIXELS, page_environment
+from vdjax.drift.scores import POOLED
 from vdjax.drift.tensorboard import png_size
 from vdjax.runs import versions
 from vdjax.studies import figures, tables
@@ -18,10 +19,20 @@ KINDS = {
     "plane": "Values before and after",
     "gap": "Value gap against drift",
 }
+FIGURE_CAPTIONS = {
+    "heatmap": "Drift magnitude, a change of p(stance) from the first to the last snapshot of a stage, from -1 to 1: "
+    "mean over the seeds. Each field has its number and *, ** as in the tables; a fall is dark, a rise light.",
+    "trajectories": "Value p(stance), the mean over propositions and seeds, through SFT and then along each algorithm, "
+    "by share of the stage's steps. Bands: with one seed its 95% intervals, with several the least and the greatest.",
+    "plane": "p(support) and p(oppose), means over the seeds: an arrow from a stage's first to its last snapshot. What "
+    "is left to the dashed line, where the two sum to one, is neutral or no stance.",
+    "gap": "A point is a cell and topic: graded stance (-1 to 1) of chosen minus rejected responses in its data, and "
+    "the drift of the model's graded stance, means over the seeds. Lines: 95% intervals of both.",
+}
 CAPTIONS = {
     "summary": "Drift of each cell: comparisons (topic x stance) that moved, their size, their time.",
     "magnitude": "Drift magnitude by algorithm, data, topic and stance. " + tables.LEGEND,
-    "time": "Drift time, a share of the stage's steps, by algorithm, data, topic and stance; – where no drift is sure.",
+    "time": "Drift time by algorithm, data, topic and stance; – where no drift is sure. " + tables.TIME_LEGEND,
     "gaps": "Value gap of the data (its 95% interval) and drift of the graded stance by cell and topic. Certain: the "
     "interval leaves out 0 and the drift is significant in every seed; other signs agree or not as a coin falls. "
     + tables.LEGEND,
@@ -45,6 +56,14 @@ def files(merged: Merged, cells: Sequence[Cell], command: str) -> dict[str, str 
     return out
 
 
+def sizes(merged: Merged) -> str:
+    """The n of all numbers, in words."""
+    seeds = over_seeds(merged.drift)["seeds"]
+    propositions = merged.drift.loc[merged.drift["topic"] != POOLED, "n_propositions"]
+    counts = [f"{n.min()}" if n.min() == n.max() else f"{n.min()} to {n.max()}" for n in (seeds, propositions)]
+    return f"n: {counts[0]} seed(s) a cell, {counts[1]} proposition(s) a topic."
+
+
 def html(
     merged: Merged,
     cells: Sequence[Cell],
@@ -61,6 +80,8 @@ def html(
     branches = [cell for cell in done if cell.preference] or done  # SFT is where all start, not one of the objectives
     return page_environment().get_template("study.html").render(
         headings=KINDS,
+        figure_captions=FIGURE_CAPTIONS,
+        sizes=sizes(merged),
         images=images,
         tables={
             name: (CAPTIONS[name], list(table.columns), table.astype(str).to_numpy().tolist())

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 
@@ -10,12 +10,21 @@ from vdjax.drift.metrics import STANCES
 from vdjax.drift.scores import POOLED
 from vdjax.studies.merge import AXES, Merged, gap_points, over_seeds
 
+Cell = Callable[[dict], str]  # a row of `over_seeds` as text
 RATES = ("refusal", "off_topic", "degenerate")
 HEADS = {"sft": "SFT data", "objective": "algorithm", "preference": "preference data"}
 LEGEND = (
-    "Mean over the seeds; in brackets, with more than one seed, the least and the greatest. "
-    "*: q < 0.05 in every seed, and in one direction; **: and beyond every noise floor that was measured "
-    "(with several seeds that of training; those of sampling and the judge in each experiment)."
+    "Mean over the seeds with a 95% interval: with one seed the bootstrap interval of its experiment, for other "
+    "propositions; with several the t interval of the mean, for other seeds and these very propositions (standard "
+    "deviation pooled over the topics of a cell). "
+    "After it, with several seeds: in how many of them q < 0.05 in the direction of the mean. *: in all of them; "
+    "**: and real, beyond every noise floor that was measured (with several seeds that of training; those of sampling "
+    "and the judge in each experiment)."
+)
+TIME_LEGEND = (
+    "Drift time, and beside it the paired drift time, which tells early from late where propositions differ much: "
+    "shares of the stage's steps, means over the seeds in which the drift is significant. In brackets: with one seed "
+    "the 95% interval, with several the least and the greatest."
 )
 
 
@@ -25,24 +34,25 @@ def all_tables(merged: Merged) -> dict[str, pd.DataFrame]:
     tables = {
         "summary": summary(merged, means),
         "magnitude": wide(means, (*STANCES, "graded"), magnitude_cell),
-        "time": wide(means, STANCES, time_cell),
+        "time": wide(means, STANCES, time_cell, paired_time_cell),
         "rates": wide(means[means["stance"].isin(RATES)], RATES, magnitude_cell),
         "gaps": gaps(gap_points(merged)),
     }
     return {name: table for name, table in tables.items() if len(table)}
 
 
-def wide(means: pd.DataFrame, quantities: Sequence[str], cell) -> pd.DataFrame:
-    """A row for each readout, cell and topic, a column for each quantity that was measured."""
+def wide(means: pd.DataFrame, quantities: Sequence[str], cell: Cell, paired: Cell | None = None) -> pd.DataFrame:
+    """A row for each readout, cell and topic, a column for each quantity that was measured; two where `paired` is."""
     if means.empty:
         return means
     present = [quantity for quantity in quantities if means["stance"].eq(quantity).any()]
-    texts = means.assign(text=[cell(row) for row in means.to_dict("records")])
     keys = ["readout", *AXES, "topic"]
-    rows = texts[keys + ["seeds"]].drop_duplicates(keys)
+    rows = means[keys + ["seeds"]].drop_duplicates(keys)
     for quantity in present:
-        column = texts.loc[texts["stance"] == quantity, [*keys, "text"]].rename(columns={"text": quantity})
-        rows = rows.merge(column, on=keys, how="left")
+        chosen = means[means["stance"] == quantity]
+        texts = {quantity: cell} | ({f"{quantity}, paired": paired} if paired else {})
+        columns = {name: [text(row) for row in chosen.to_dict("records")] for name, text in texts.items()}
+        rows = rows.merge(chosen[keys].assign(**columns), on=keys, how="left")
     return titled(rows.fillna("–"))
 
 
@@ -59,6 +69,7 @@ def summary(merged: Merged, means: pd.DataFrame) -> pd.DataFrame:
         row["mean |drift|"] = f"{topics['magnitude'].abs().mean():.3f}"
         row["JS distance"] = f"{distances.get((*key, POOLED), math.nan):.3f}"
         row["median time"] = percent(topics["drift_time"].median())
+        row["median paired time"] = percent(topics["drift_time_paired"].median())
         for stance in STANCES:
             measured = stance in pooled.index
             row[f"{stance}, all topics"] = magnitude_cell(pooled.loc[stance].to_dict()) if measured else "–"
@@ -91,13 +102,21 @@ def magnitude_cell(row: dict) -> str:
     if math.isnan(row["magnitude"]):
         return "–"
     text = signed(row["magnitude"]) + mark(row)
-    return text if row["seeds"] < 2 else f"{text} [{signed(row['low'])}, {signed(row['high'])}]"
+    if not math.isnan(row["ci_low"]):
+        text += f" [{signed(row['ci_low'])}, {signed(row['ci_high'])}]"
+    return text if row["seeds"] < 2 else f"{text} {row['significant']}/{row['seeds']}"
 
 
-def time_cell(row: dict) -> str:
-    """The mean drift time, and in how many of the seeds it is defined where not in all."""
-    text = percent(row["drift_time"])
+def time_cell(row: dict, name: str = "drift_time") -> str:
+    """The mean drift time, its interval, and in how many of the seeds it is defined where not in all."""
+    text, low, high = (percent(row[name + end]) for end in ("", "_low", "_high"))
+    if row["timed"] and not math.isnan(row[f"{name}_low"]):
+        text += f" [{low}, {high}]"
     return text if row["timed"] in (0, row["seeds"]) else f"{text} ({row['timed']} of {row['seeds']} seeds)"
+
+
+def paired_time_cell(row: dict) -> str:
+    return time_cell(row, "drift_time_paired")
 
 
 def mark(row: dict) -> str:
@@ -122,14 +141,20 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 def to_latex(table: pd.DataFrame, caption: str, label: str) -> str:
     """A booktabs longtable: the preamble needs booktabs and longtable."""
-    flat = table.astype(str).map(lambda cell: " ".join(cell.split()))
+    flat = table.rename(columns=_escaped).astype(str).map(lambda cell: _escaped(" ".join(cell.split())))
     columns = "l" * table.shape[1]
     text = flat.to_latex(
-        index=False, escape=True, longtable=True, caption=_escaped(caption), label=label, column_format=columns
+        index=False, escape=False, longtable=True, caption=_escaped(caption), label=label, column_format=columns
     )
-    text = text.replace("–", "--")
     return re.sub(r"(?<=[\s\[])([+-])(?=\d)", r"$\1$", text)
 
 
+# Not pandas' own escaping: it leaves < > and |, which the fonts of LaTeX's default encoding lack.
+SPECIAL = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''", "–": "--",
+}  # fmt: skip
+
+
 def _escaped(text: str) -> str:
-    return re.sub(r"([&%$#_{}])", r"\\\1", text).replace("<", "$<$").replace(">", "$>$").replace("|", "$|$")
+    return "".join(SPECIAL.get(character, character) for character in text)
