@@ -282,6 +282,8 @@ def test_the_page_needs_nothing_else_and_runs_no_script_of_others(tmp_path: Path
     assert not list(tree.iter("script")) and not list(tree.iter("link"))
     assert all(image.get("src", "").startswith("data:") for image in tree.iter("img"))
     assert "c-w-seed-0" in html
+    row = html.split('id="summary"')[1].split("<tbody>")[1].split("</tr>")[0]
+    assert "<td>–</td>" in row and '<td class="n">0 of 6</td>' in row  # SFT has no preference data, and moved nothing
     assert all(html.count(text.replace("'", "&#39;")) == 1 for text in page.FIGURE_CAPTIONS.values())
     assert html.count("n: 2 seed(s) a cell, 8 proposition(s) a topic.") == 1 + len(page.FIGURE_CAPTIONS)
     assert len(list(tree.iter("img"))) == len(kinds)

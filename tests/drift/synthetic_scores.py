@@ -177,3 +177,38 @@ def make_runs(
             "graded": np.where(against, oppose - support, support - oppose),
         }
     )  # fmt: skip
+
+
+def make_one_hot(drifts, propositions=10, samples=5, replicates=2, refusals=0.15, seed=0):
+    """(scores, what each run's own propositions drift): judged responses that take one label each, for sure.
+
+    One stage "s" of 100 steps, two snapshots; every topic is a run of its own, sampled anew, as in `make_runs`. Support
+    has the chance 0.35 give or take 0.1 a proposition, and rises by drifts[run] give or take 0.05; oppose has 0.15,
+    refusal and degenerate share `refusals`, which like all that takes no stance have no graded one; neutral the rest.
+    Two wordings of both polarities.
+    """
+    rng = np.random.default_rng(seed)
+    runs = len(drifts)
+    moved = np.asarray(drifts)[:, None] + rng.uniform(-0.05, 0.05, (runs, propositions))
+    start = 0.35 + rng.uniform(-0.1, 0.1, (runs, propositions))
+    shape = (runs, propositions, 2, samples, replicates, 2)  # ..., wording, sample, replicate, snapshot
+    topic, proposition, wording, sample, replicate, snapshot = np.indices(shape).reshape(6, -1)
+    support = start[topic, proposition] + snapshot * moved[topic, proposition]
+    half = np.full(len(topic), refusals / 2)
+    chances = np.column_stack([support, 1 - refusals - support - 0.15, np.full(len(topic), 0.15), half, 0 * half, half])
+    label = (rng.random((len(topic), 1)) > chances.cumsum(axis=1)[:, :-1]).sum(axis=1)
+    against = wording == 1
+    asked = np.where(against & (label < 3), 2 - label, label)
+    names = ("support", "neutral", "oppose", "refusal", "off_topic", "degenerate")
+    scores = pd.DataFrame(
+        {
+            "readout": "open_ended:judge", "stage": "s", "step": 100 * snapshot,
+            "topic": np.array([f"t{i:04}" for i in range(runs)])[topic],
+            "probe_id": (topic * propositions + proposition) * 2 + wording,
+            "proposition": np.array([f"p{i}" for i in range(propositions)])[proposition],
+            "polarity": np.where(against, -1, 1), "variant": 0, "order": "", "sample": sample,
+            "replicate": replicate, "repeat": 0, **dict(zip(names, np.eye(6)[asked].T, strict=True)),
+            "graded": np.where(asked < 3, 1.0 - asked, np.nan),
+        }
+    )  # fmt: skip
+    return scores, moved.mean(axis=1)

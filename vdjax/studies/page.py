@@ -4,6 +4,8 @@ import base64
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
+
 from vdjax.drift.figures import DPI
 from vdjax.drift.report import PAGE_PIXELS, page_environment
 from vdjax.drift.scores import POOLED
@@ -11,7 +13,7 @@ from vdjax.drift.tensorboard import png_size
 from vdjax.runs import versions
 from vdjax.studies import figures, tables
 from vdjax.studies.grid import Cell
-from vdjax.studies.merge import Merged, over_seeds
+from vdjax.studies.merge import AXES, Merged, over_seeds
 
 KINDS = {
     "heatmap": "Drift by stage and topic",
@@ -56,6 +58,12 @@ def files(merged: Merged, cells: Sequence[Cell], command: str) -> dict[str, str 
     return out
 
 
+def numeric(table: pd.DataFrame) -> list[bool]:
+    """Which columns hold numbers, and so are aligned at the right: all but those of names."""
+    names = {"readout", "topic", *AXES, *tables.HEADS.values()}
+    return [column not in names for column in table]
+
+
 def sizes(merged: Merged) -> str:
     """The n of all numbers, in words."""
     seeds = over_seeds(merged.drift)["seeds"]
@@ -84,7 +92,7 @@ def html(
         sizes=sizes(merged),
         images=images,
         tables={
-            name: (CAPTIONS[name], list(table.columns), table.astype(str).to_numpy().tolist())
+            name: (CAPTIONS[name], list(table.columns), table.astype(str).to_numpy().tolist(), numeric(table))
             for name, table in formatted.items()
         },
         command=command,
