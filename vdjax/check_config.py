@@ -11,6 +11,7 @@ from vdjax.objectives.policy_gradient import KL_ESTIMATORS, TOKEN_WEIGHTS
 from vdjax.sampling.generate import Sampling, check
 
 CHOICES = {
+    "attention": ("auto", "splash", "plain"),
     "remat": ("none", "dots", "full"),
     "param_dtype": ("float32", "bfloat16"),
     "compute_dtype": ("float32", "bfloat16"),

@@ -38,6 +38,7 @@ def experiment() -> ConfigDict:
     c.model.compute_dtype = "float32"  # bfloat16 on TPU
     c.model.remat = "none"  # what the backward pass recomputes: none, dots (all but matmul results) or full (all)
     c.model.unroll = 1  # layers per iteration of the layer loop
+    c.model.attention = "auto"  # auto: splash (Pallas kernels) on TPU, plain elsewhere
     c.model.query_chunk = 128  # queries per attention block; 0: all at once
     c.model.head_chunk = 512  # scored tokens per application of the vocabulary head
 

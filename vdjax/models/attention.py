@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,44 +74,54 @@ def attention(
     sequence_ids: Int[Array, "batch length"] | None = None,
     *,
     query_chunk: int = 0,
+    kernels: bool = False,
 ) -> Float[Array, "batch length heads dim"]:
     """Softmax attention with the visibility rule of `visible`; scores and softmax are float32.
 
     Query head h attends with key/value head h // (heads / kv_heads). Backward, the weights are made again from the
     log-sum-exp of each query's scores (Dao et al., arXiv 2205.14135, algorithm 4), so that no [length, length] array
-    is kept. On TPU the splash kernels do the work (`vdjax.models.splash`) where they take the row's length.
+    is kept.
 
     Args:
       sequence_ids: None where no segment has responses that are blind to each other.
-      query_chunk: queries a block, elsewhere than on TPU; a block reads only the keys up to its end, which saves about
-        half of the work. 0 is one block.
+      query_chunk: queries a block; a block reads only the keys up to its end, which saves about half of the work. 0 is
+        one block.
+      kernels: on TPU, the splash kernels instead (`vdjax.models.splash`), where they take rows of this length.
     """
-    return _attention(query_chunk, q, k, v, segment_ids, sequence_ids)
+    path = SPLASH if kernels and splash.fits(q.shape[1]) else _plain(query_chunk)
+    return _attention(path, q, k, v, segment_ids, sequence_ids)
+
+
+class Path(NamedTuple):
+    """A way to compute attention, forward and backward."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+@functools.cache
+def _plain(query_chunk: int) -> Path:
+    return Path(functools.partial(_plain_forward, query_chunk), functools.partial(_plain_backward, query_chunk))
+
+
+SPLASH = Path(splash.forward, splash.backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(query_chunk: int, *arrays: Array | None) -> Array:
-    return _forward(query_chunk, *arrays)[0]
+def _attention(path: Path, *arrays: Array | None) -> Array:
+    return path.forward(*arrays)[0]
 
 
-def _forward(query_chunk: int, *arrays: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
-    plain = functools.partial(_plain_forward, query_chunk)
-    out, lse = _by_platform(plain, splash.forward, arrays)
+def _forward(path: Path, *arrays: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
+    out, lse = path.forward(*arrays)
     return out, (*arrays, out, lse)
 
 
-def _backward(query_chunk: int, saved: tuple[Array | None, ...], cotangent: Array) -> tuple[Array | None, ...]:
-    plain = functools.partial(_plain_backward, query_chunk)
-    return *_by_platform(plain, splash.backward, (*saved, cotangent)), None, None
+def _backward(path: Path, saved: tuple[Array | None, ...], cotangent: Array) -> tuple[Array | None, ...]:
+    return *path.backward(*saved, cotangent), None, None
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _by_platform(plain: Callable, kernels: Callable, arrays: tuple[Any, ...]) -> Any:
-    if not splash.fits(arrays[0].shape[1]):
-        return plain(*arrays)
-    return jax.lax.platform_dependent(*arrays, tpu=kernels, default=plain)
 
 
 def _blocks(

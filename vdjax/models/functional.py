@@ -36,6 +36,7 @@ def make_model(
         remat=config.remat,
         unroll=config.unroll,
         query_chunk=config.query_chunk,
+        kernels=config.attention == "splash" or (config.attention == "auto" and jax.default_backend() == "tpu"),
         **parts,
     )
     axes = transformer.param_axes(cfg, **parts)

@@ -61,8 +61,17 @@ def _ones(size: int, dtype: DTypeLike) -> nnx.Param:
 class Layer(nnx.Module):
     """One decoder layer: attention, then a gated MLP, each after an RMSNorm and added to the residual stream."""
 
-    def __init__(self, cfg: ModelConfig, query_chunk: int, dtype: DTypeLike, lora: Lora | None, rngs: nnx.Rngs):
-        self.cfg, self.query_chunk, self.lora = cfg, query_chunk, lora
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        query_chunk: int,
+        kernels: bool,
+        dtype: DTypeLike,
+        lora: Lora | None,
+        rngs: nnx.Rngs,
+    ):
+        self.cfg, self.lora = cfg, lora
+        self.attention = functools.partial(attention, query_chunk=query_chunk, kernels=kernels)
         self.sum_parts = 1
         width, heads, kv_heads = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         self.attention_norm = _ones(width, dtype)
@@ -123,7 +132,7 @@ class Layer(nnx.Module):
         self, x: Float[Array, "batch length width"], cos: Array, sin: Array, ids: tuple[Array, Array]
     ) -> Float[Array, "batch length width"]:
         q, k, v = self.attention_inputs(x, cos, sin)
-        return self.after_attention(x, attention(q, k, v, *ids, query_chunk=self.query_chunk))
+        return self.after_attention(x, self.attention(q, k, v, *ids))
 
 
 class Transformer(nnx.Module):
@@ -140,7 +149,7 @@ class Transformer(nnx.Module):
       compute_dtype: dtype of activations and matrix products; norms, rope, softmax and logits are float32.
       remat: what a layer recomputes in the backward pass: nothing, all but matrix products ("dots"), all ("full").
       unroll: layers per iteration of the layer loop; True unrolls it whole.
-      query_chunk: queries per attention block (`vdjax.models.attention.attention`).
+      query_chunk, kernels: how attention is computed (`vdjax.models.attention.attention`).
       lora: adapters of the layers' kernels, parameters NAME_lora_a and NAME_lora_b beside NAME; None: no adapters.
       head: "vocab", or "score" for a reward or value model: a `score` [width] in place of `lm_head`.
     """
@@ -155,6 +164,7 @@ class Transformer(nnx.Module):
         remat: Remat = "none",
         unroll: int | bool = 1,
         query_chunk: int = 0,
+        kernels: bool = False,
         lora: Lora | None = None,
         head: Literal["vocab", "score"] = "vocab",
     ):
@@ -170,7 +180,7 @@ class Transformer(nnx.Module):
         @nnx.split_rngs(splits=cfg.num_layers)
         @nnx.vmap
         def make_layers(rngs: nnx.Rngs) -> Layer:
-            return Layer(cfg, query_chunk, param_dtype, lora, rngs)
+            return Layer(cfg, query_chunk, kernels, param_dtype, lora, rngs)
 
         self.layers = make_layers(rngs)
         self.final_norm = _ones(cfg.hidden_size, param_dtype)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from vdjax.models.attention import attention, cached_attention, rope_tables
+from vdjax.models.attention import cached_attention, rope_tables
 from vdjax.models.transformer import Params, Transformer, rms_norm
 from vdjax.sampling.choose import choose
 from vdjax.sharding import constrain
@@ -104,7 +104,7 @@ def prefill(
     for params in layers:
         layer = nnx.merge(graphdef, params).layers
         q, k, v = layer.attention_inputs(x, cos, sin)
-        mixed = attention(q, k, v, segments, query_chunk=layer.query_chunk)
+        mixed = layer.attention(q, k, v, segments)
         x = layer.after_attention(x, mixed)
         keys = jnp.pad(unpacked(k, prompts.places).transpose(0, 2, 3, 1), (no_room, no_room, no_room, room))
         values = jnp.pad(unpacked(v, prompts.places).transpose(0, 2, 1, 3), (no_room, no_room, room, no_room))

@@ -1,0 +1,45 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vdjax.models.products import matmul
+
+
+@pytest.mark.parametrize(("batch", "rows", "inner", "outer"), [((), 6, 5, 4), ((2, 3), 4, 7, 2), ((), 1, 3, 2)])
+def test_values_and_gradients_are_those_of_the_plain_product(
+    batch: tuple[int, ...], rows: int, inner: int, outer: int
+) -> None:
+    """bfloat16 operands against float64 arithmetic on the same numbers: only results are rounded to bfloat16."""
+    rng = np.random.default_rng(0)
+    a, b, g = (rng.normal(size=(*batch, *shape)) for shape in ((rows, inner), (inner, outer), (rows, outer)))
+    a, b, g = (np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (a, b, g))
+    wanted = (a @ b, g @ b.swapaxes(-1, -2), a.swapaxes(-1, -2) @ g)
+    for dtype, tolerance in ((jnp.bfloat16, 2**-8), (jnp.float32, 1e-6)):
+        arrays = [jnp.asarray(x, dtype) for x in (a, b)]
+        out, pull = jax.vjp(matmul, *arrays)
+        assert {x.dtype for x in (out, *pull(out))} == {jnp.dtype(dtype)}
+        for got, want in zip((out, *pull(jnp.asarray(g, dtype))), wanted, strict=True):
+            np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=tolerance * np.abs(want).max(), rtol=0)
+
+
+def test_a_float32_result_is_pulled_back_by_products_in_bfloat16() -> None:
+    """XLA multiplies mixed operands as float32, which is several times slower."""
+
+    def both(a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
+        out, pull = jax.vjp(lambda a, b: matmul(a, b, jnp.float32), a, b)
+        return out, *pull(out)
+
+    text = jax.jit(both).lower(jnp.ones((4, 8), jnp.bfloat16), jnp.ones((8, 2), jnp.bfloat16)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    assert all(line.count("xbf16>") == 2 and line.rstrip().endswith("xf32>") for line in products)
+
+
+def test_a_vmapped_product_has_the_gradients_of_each() -> None:
+    rng = np.random.default_rng(1)
+    a, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 4, 5), (3, 5, 2)))
+    one = jax.grad(lambda a, b: jnp.sum(matmul(a, b) ** 2), argnums=(0, 1))
+    each = [one(*pair) for pair in zip(a, b, strict=True)]
+    for got, want in zip(jax.vmap(one)(a, b), zip(*each, strict=True), strict=True):
+        np.testing.assert_allclose(got, jnp.stack(want), rtol=1e-6)

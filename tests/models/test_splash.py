@@ -1,0 +1,55 @@
+"""The splash kernels, run by Pallas' interpreter, against the attention of every other platform."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vdjax.models import splash
+from vdjax.models.attention import attention
+
+LENGTH = 128
+SEGMENTS = np.zeros((2, LENGTH), np.int32)
+SEQUENCES = np.zeros((2, LENGTH), np.int32)
+SEGMENTS[0, :70], SEGMENTS[0, 70:120] = 1, 2
+SEQUENCES[0, 30:50], SEQUENCES[0, 50:70], SEQUENCES[0, 90:100], SEQUENCES[0, 100:120] = 1, 2, 3, 4
+SEGMENTS[1, :] = 1  # a row that is full, and without a branch up to its middle
+SEQUENCES[1, 64:] = 1
+REAL = SEGMENTS > 0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-3)])
+def test_the_kernels_are_equal_to_the_plain_path(
+    shared: bool, heads: int, kv_heads: int, dtype: Any, tolerance: float
+) -> None:
+    """Outputs and gradients, relative to the largest number; without `sequence_ids` a segment is one sequence."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, LENGTH, n, 64)), dtype) for n in (heads, kv_heads, kv_heads))
+    ids = (jnp.asarray(SEGMENTS), jnp.asarray(SEQUENCES) if shared else None)
+    cotangent = jnp.asarray(rng.normal(size=q.shape) * REAL[..., None, None], dtype)
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]  # what bfloat16 rounds on the way is the kernels' alone
+    want, pull = jax.vjp(lambda *x: attention(*x, *ids, query_chunk=48), *wide)
+    wanted = (want, *pull(cotangent.astype(jnp.float32)))
+    out, lse = splash.forward(q, k, v, *ids, interpret=True)
+    got = (out, *splash.backward(q, k, v, *ids, out, lse, cotangent, interpret=True))
+    for x, y in zip(got, wanted, strict=True):
+        x, y = (np.where(REAL[..., None, None], np.asarray(z, np.float32), 0) for z in (x, y))
+        assert np.isfinite(x).all() and x.dtype == np.float32
+        size = np.sqrt(np.mean(y[REAL] ** 2))
+        assert np.sqrt(np.mean((x - y) ** 2)) <= tolerance * (1 if dtype == jnp.float32 else 2) * size
+
+
+def test_lengths_that_tiles_do_not_divide_are_left_to_the_plain_path() -> None:
+    assert [splash.fits(n) for n in (128, 640, 2048, 192, 100)] == [True, True, True, False, False]
+
+
+def test_kernels_are_used_where_they_are_asked_for() -> None:
+    for length, kernels, found in ((LENGTH, True, True), (LENGTH, False, False), (LENGTH + 1, True, False)):
+        x, ids = jnp.zeros((1, length, 2, 64), jnp.bfloat16), jnp.ones((1, length), jnp.int32)
+        traced = jax.jit(functools.partial(attention, kernels=kernels)).trace(x, x, x, ids, ids)
+        assert ("tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()) == found
