@@ -70,8 +70,7 @@ class Layer(nnx.Module):
         lora: Lora | None,
         rngs: nnx.Rngs,
     ):
-        self.cfg, self.lora = cfg, lora
-        self.attention = functools.partial(attention, query_chunk=query_chunk, kernels=kernels)
+        self.cfg, self.query_chunk, self.kernels, self.lora = cfg, query_chunk, kernels, lora
         self.sum_parts = 1
         width, heads, kv_heads = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         self.attention_norm = _ones(width, dtype)
@@ -116,6 +115,11 @@ class Layer(nnx.Module):
             q = rms_norm(q, self.q_norm[...], cfg.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], cfg.rms_norm_eps)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+    def attention(
+        self, q: Array, k: Array, v: Array, segment_ids: Array, sequence_ids: Array | None = None
+    ) -> Float[Array, "batch length heads dim"]:
+        return attention(q, k, v, segment_ids, sequence_ids, query_chunk=self.query_chunk, kernels=self.kernels)
 
     def after_attention(
         self, x: Float[Array, "batch length width"], mixed: Float[Array, "batch length heads dim"]
