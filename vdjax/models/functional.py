@@ -36,11 +36,16 @@ def make_model(
         remat=config.remat,
         unroll=config.unroll,
         query_chunk=config.query_chunk,
-        kernels=config.attention == "splash" or (config.attention == "auto" and jax.default_backend() == "tpu"),
+        kernels=uses_kernels(config.get("attention", "auto")),
         **parts,
     )
     axes = transformer.param_axes(cfg, **parts)
     return Model(cfg, graphdef, params, axes, config.compute_dtype, config.head_chunk, lora)
+
+
+def uses_kernels(attention: str) -> bool:
+    """Whether `config.model.attention` means the TPU's kernels."""
+    return attention == "splash" or (attention == "auto" and jax.default_backend() == "tpu")
 
 
 def shardings(model: Model, mesh: jax.sharding.Mesh) -> Any:
