@@ -75,11 +75,10 @@ def test_gradients_do_not_depend_on_chunks_remat_or_unrolling() -> None:
         return jax.jit(jax.grad(loss))(params)
 
     expected = gradients()
-    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(expected))
     for options in ({"remat": "dots", "query_chunk": 4}, {"remat": "full", "unroll": True, "query_chunk": 5}):
         got = gradients(**options)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * largest), got, expected)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), got, expected)
 
 
 def test_responses_that_share_a_prompt_score_as_if_alone() -> None:

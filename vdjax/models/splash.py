@@ -28,6 +28,31 @@ def fits(length: int) -> bool:
     return any(length % block == 0 for block in BLOCKS)
 
 
+@jax.custom_vjp
+def attention(
+    q: Float[Array, "batch length heads dim"],
+    k: Float[Array, "batch length kv_heads dim"],
+    v: Float[Array, "batch length kv_heads dim"],
+    segment_ids: Int[Array, "batch length"],
+    sequence_ids: Int[Array, "batch length"] | None,
+) -> Float[Array, "batch length heads dim"]:
+    """What `vdjax.models.attention.attention` computes, by the kernels, forward and backward."""
+    return forward(q, k, v, segment_ids, sequence_ids)[0]
+
+
+def _keep(*arrays: Any) -> tuple[Array, tuple[Any, ...]]:
+    out, lse = forward(*arrays)
+    return out, (*arrays, out, lse)
+
+
+def _pull_back(saved: tuple[Any, ...], cotangent: Array) -> tuple[Array | None, ...]:
+    q, k, v, segment_ids, sequence_ids, out, lse = saved
+    return *backward(q, k, v, segment_ids, sequence_ids, out, lse, cotangent), None, None
+
+
+attention.defvjp(_keep, _pull_back)
+
+
 def forward(
     q: Float[Array, "batch length heads dim"],
     k: Float[Array, "batch length kv_heads dim"],
