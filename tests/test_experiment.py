@@ -118,7 +118,7 @@ def test_the_train_step_compiles_once_a_stage(
     assert interrupted[1].count("jit(train_step)") == 1  # only the last stage was left
     # Nothing of a stage is compiled again and again: evaluation once a held-out set, the scorer once a probing.
     assert finished[1].count("jit(eval_step)") == 2
-    assert 1 <= finished[1].count("jit(score)") <= 2
+    assert finished[1].count("jit(score)") <= 2  # none where another run of this process had the same shapes
 
 
 def test_a_finished_workdir_trains_and_probes_nothing(
