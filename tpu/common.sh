@@ -25,7 +25,8 @@ declare -A expected=(
   [tensorboard]='a port, or 0 for none' [poll]='seconds, from 0 on'
 )
 declare -A pattern=(
-  [project]='[a-z][a-z0-9.:-]*[a-z0-9]' [zone]='[a-z]+-[a-z]+[0-9]+-[a-z]' [topology]='[^:]+:[^:]+' [config]='.+\.py(:.*)?'
+  [project]='[a-z][a-z0-9.:-]*[a-z0-9]' [zone]='[a-z]+-[a-z]+[0-9]+-[a-z]'
+  [topology]='[^:]+:[^:]+' [config]='.+\.py(:.*)?'
   [workdir]='gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/[A-Za-z0-9._=-]+)+' [slices]='[1-9][0-9]*'
   [module]='vdjax\.(main|study)' [name]='[a-z]([a-z0-9-]{0,38}[a-z0-9])?' [hf_secret]='[A-Za-z0-9._-]+'
   [tensorboard]='[0-9]+' [poll]='[0-9]+'
@@ -155,7 +156,8 @@ read_topology() {
     fi
   done <"$here/topologies.txt"
   generation=${option[topology]%%:*}
-  [[ $found ]] || fail "--topology ${option[topology]}: no generation $generation$(nearest "$generation" "${generations[@]}")"
+  [[ $found ]] ||
+    fail "--topology ${option[topology]}: no generation $generation$(nearest "$generation" "${generations[@]}")"
   # shellcheck disable=SC2086 # one word a shape
   [[ " $shapes " == *" $shape "* ]] ||
     fail "--topology ${option[topology]}: $generation has no slice $shape$(nearest "$shape" $shapes)"
@@ -164,14 +166,12 @@ read_topology() {
   accelerator=$prefix-$((chips * per_chip))
 }
 
-# The flags of xla_flags.txt for the generation, and for several slices where there are.
+# The flags of xla_flags.txt for the generation.
 read_xla_flags() {
   local generation flag _
   xla_flags=()
   while read -r generation flag _; do
-    if [[ $generation == "${option[topology]%%:*}" ]] || { [[ $generation == slices ]] && ((option[slices] > 1)); }; then
-      xla_flags+=("$flag")
-    fi
+    [[ $generation != "${option[topology]%%:*}" ]] || xla_flags+=("$flag")
   done <"$here/xla_flags.txt"
 }
 

@@ -82,7 +82,7 @@ for name in sys.argv[1:]:
 
 def test_every_xla_flag_has_a_reason() -> None:
     for generation, flag, *reason in table("xla_flags.txt"):
-        assert generation in (*GENERATIONS, "slices")
+        assert generation in GENERATIONS
         assert re.fullmatch(r"--xla_[a-z0-9_]+=[a-z0-9]+", flag)
         assert len(reason) > 5
 
@@ -90,7 +90,7 @@ def test_every_xla_flag_has_a_reason() -> None:
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_libtpu_takes_the_flags(generation: str) -> None:
     """It refuses a flag that it does not know, and one that it knows but not for this generation."""
-    flags = " ".join(flag for of, flag, *_ in table("xla_flags.txt") if of in (generation, "slices"))
+    flags = " ".join(flag for of, flag, *_ in table("xla_flags.txt") if of == generation)
     smallest = "2x2x1" if generation in ("v4", "v5p") else "2x2"
     done = with_libtpu(COMPILES, f"{generation}:{smallest}", "2", flags=flags)
     assert done.returncode == 0, done.stderr[-2000:]
