@@ -23,8 +23,14 @@
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 option+=([cluster]='' [namespace]=default)
-expected+=([cluster]='the name of a GKE cluster' [namespace]='a Kubernetes namespace' [zone]='a zone or a region, such as us-east5')
-pattern+=([cluster]='[a-z]([a-z0-9-]*[a-z0-9])?' [namespace]='[a-z0-9]([a-z0-9-]*[a-z0-9])?' [zone]='[a-z]+-[a-z]+[0-9]+(-[a-z])?')
+expected+=(
+  [cluster]='the name of a GKE cluster' [namespace]='a Kubernetes namespace'
+  [zone]='a zone or a region, such as us-east5'
+)
+pattern+=(
+  [cluster]='[a-z]([a-z0-9-]*[a-z0-9])?' [namespace]='[a-z0-9]([a-z0-9-]*[a-z0-9])?'
+  [zone]='[a-z]+-[a-z]+[0-9]+(-[a-z])?'
+)
 required+=(cluster)
 prepare "$@"
 needs git gcloud kubectl
@@ -74,10 +80,11 @@ state() {
   run "${kubectl[@]}" get jobset "$name" --ignore-not-found --output 'jsonpath={.metadata.name} {.status.terminalState}'
 }
 
-# The newest pod of the first host of the first slice.
+# The pods that the first host of the first slice has had, the newest last.
 first_pod() {
-  run "${kubectl[@]}" get pods --sort-by .metadata.creationTimestamp --output name \
-    --selector "jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+  local of=jobset.sigs.k8s.io/jobset-name=$name
+  of+=,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0
+  run "${kubectl[@]}" get pods --sort-by .metadata.creationTimestamp --output name --selector "$of"
 }
 
 exit_statuses() {
@@ -95,7 +102,8 @@ if [[ $printing == yes ]]; then
   upload_source
   echo "# access to the cluster"
   credentials
-  echo "# ${option[slices]} x ${option[topology]}: ${option[slices]} x $hosts hosts of $((chips / hosts)) chips ($gke_machine-$((chips / hosts))t)"
+  each=$((chips / hosts))
+  echo "# ${option[slices]} x ${option[topology]}: $hosts hosts a slice, of $each chips ($gke_machine-${each}t)"
   apply
   echo "# its state, every ${option[poll]} s; then the log of the first host"
   state
@@ -139,7 +147,7 @@ while :; do
         exit 0
         ;;
       *Failed)
-        status=$(exit_statuses | grep -vx -e 0 -e 75 -e '' | head -n 1) || true
+        status=$(exit_statuses | grep -vx -e 0 -e 75 -e 76 -e '' | head -n 1) || true
         note "JobSet $name failed, exit status ${status:-unknown}; its pods can still be looked at"
         exit "${status:-1}"
         ;;

@@ -57,8 +57,8 @@ state() {
 # on_workers NODES WORKERS COMMAND: on all of them at the same time. ssh itself gives up on a machine that is gone,
 # else a log would be waited for that never goes on.
 on_workers() {
-  run gcloud compute tpus queued-resources ssh "$name" "${place[@]}" --node "$1" --worker "$2" --batch-size all --quiet \
-    --ssh-flag "-oConnectTimeout=30 -oServerAliveInterval=30" "${ssh_flag[@]}" --command "$3"
+  run gcloud compute tpus queued-resources ssh "$name" "${place[@]}" --node "$1" --worker "$2" --batch-size all \
+    --quiet --ssh-flag "-oConnectTimeout=30 -oServerAliveInterval=30" "${ssh_flag[@]}" --command "$3"
 }
 
 # Brings the source onto every worker, installs it and starts the job, each only where that is not so already.
@@ -82,7 +82,7 @@ status() {
 }
 
 # Waits until the job has ended on all workers. Sets ended: lost (a worker is gone, or was restarted), else a status
-# that means failure, else 75, else 0.
+# that means failure, else 75 or 76, with which the same command goes on, else 0.
 wait_for_end() {
   local lines code
   ended=lost
@@ -91,8 +91,8 @@ wait_for_end() {
   ended=0
   while read -r code; do
     case $ended,$code in
-      *,0 | 75,75) ;;
-      0,* | 75,*) ended=$code ;;
+      *,0 | 7[56],7[56]) ;;
+      0,* | 7[56],*) ended=$code ;;
     esac
   done < <(sed -n 's/^vdjax-status \([0-9]*\) .*/\1/p' <<<"$lines")
 }
@@ -125,7 +125,7 @@ if [[ $printing == yes ]]; then
   request
   echo "# its state, every ${option[poll]} s"
   state
-  echo "# when ACTIVE: onto all workers, install, start; after exit status 75 again"
+  echo "# when ACTIVE: onto all workers, install, start; after exit status 75 or 76 again"
   start
   echo "# the log, from the first worker; then how the job ended on each"
   follow
@@ -170,6 +170,7 @@ while :; do
           finish 0
           ;;
         75) note "interrupted, with everything saved; it goes on" ;;
+        76) note "a process was lost; it goes on from the newest resume point" ;;
         lost) note "a worker cannot be reached, or was restarted; it is tried again" ;;
         *)
           note "exit status $ended; waiting whether the slice is being taken away"

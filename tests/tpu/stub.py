@@ -118,17 +118,17 @@ def uv(args: list[str]) -> int:
 
 def python(args: list[str]) -> int:
     """The job."""
-    home = Path(os.environ["HOME"])
-    (home / "starts").open("a").write("x")
-    if os.environ["WORKER"] == "0":
-        exits = next_line("exits")
-        (STUB / "this_start").write_text(exits)
-    exits = (STUB / "this_start").read_text().split()
+    worker = int(os.environ["WORKER"])
+    started = STUB / f"starts-{worker}"
+    earlier = len(started.read_text()) if started.exists() else 0
+    started.write_text("x" * (earlier + 1))
+    starts = (STUB / "exits").read_text().splitlines()
+    exits = starts[min(earlier, len(starts) - 1)].split()
     kept = {name: text for name, text in os.environ.items() if name in ("LIBTPU_INIT_ARGS", "HF_TOKEN")}
     with (STUB / "jobs.jsonl").open("a") as file:
         file.write(json.dumps({"argv": args, "env": kept, "files": os.listdir()}) + "\n")
     print("step 1\n\tstep 2", flush=True)
-    status = exits[min(int(os.environ["WORKER"]), len(exits) - 1)]
+    status = exits[min(worker, len(exits) - 1)]
     if status == "lost":
         os.kill(os.getppid(), 9)  # the machine went down, and what would have written the status
         return 1

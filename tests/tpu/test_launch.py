@@ -78,7 +78,7 @@ def launch(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         options = OPTIONS | {"--poll": "0"} | {f"--{name}": value for name, value in changes.items()}
         words = [word for name, value in options.items() if value is not None for word in (name, value)]
         done = subprocess.run(
-            ["bash", checkout / script, *words, *arguments], capture_output=True, text=True, timeout=120
+            ["bash", checkout / script, *words, *arguments], capture_output=True, text=True, timeout=600
         )
         file = tmp_path / "calls.jsonl"
         calls = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -150,8 +150,15 @@ def test_a_preempted_slice_is_deleted_and_requested_again(launch: Callable[..., 
     assert "taken away" in run.err
 
 
-def test_a_failing_job_ends_with_its_status(launch: Callable[..., Launch]) -> None:
-    run = launch(QUEUED, scenario={"states": ["", "ACTIVE"], "exits": ["75 3"]})
+def test_a_lost_process_is_no_failure(launch: Callable[..., Launch]) -> None:
+    run = launch(QUEUED, scenario={"states": ["ACTIVE"], "exits": ["76 75", "0 76", 0]})
+    assert run.status == 0, run.err
+    assert verbs(run) == [*["ssh"] * 9, "delete"]
+
+
+@pytest.mark.parametrize("statuses", ["75 3", "3 76"])
+def test_a_failing_job_ends_with_its_status(launch: Callable[..., Launch], statuses: str) -> None:
+    run = launch(QUEUED, scenario={"states": ["", "ACTIVE"], "exits": [statuses]})
     assert run.status == 3
     assert verbs(run) == ["create", *["ssh"] * 3, "delete"]
 
@@ -225,7 +232,7 @@ def test_several_slices_and_what_gcloud_is_told(launch: Callable[..., Launch]) -
     assert all("hf_secret_value" not in " ".join(call) for call in run.calls)
     for job in run.jobs():
         assert job["argv"][:2] == ["-m", "vdjax.study"] and job["env"]["HF_TOKEN"] == "hf_secret_value"
-        assert job["env"].get("LIBTPU_INIT_ARGS", "").split() == flags("v5p") + flags("slices")
+        assert job["env"].get("LIBTPU_INIT_ARGS", "").split() == flags("v5p")
 
 
 def test_jobset(launch: Callable[..., Launch]) -> None:
@@ -267,7 +274,7 @@ def test_jobset(launch: Callable[..., Launch]) -> None:
     ]
 
 
-def test_jobset_starts_again_after_75_and_after_nothing_else(launch: Callable[..., Launch]) -> None:
+def test_jobset_starts_again_after_75_and_76_and_nothing_else(launch: Callable[..., Launch]) -> None:
     run = launch(GKE, scenario={"states": ["", "smoke-1 Completed"]}, cluster="pods")
     spec = yaml.safe_load((run.folder / "manifest.yaml").read_text())["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
@@ -284,7 +291,7 @@ def test_jobset_starts_again_after_75_and_after_nothing_else(launch: Callable[..
     }
     # A Job fails for the reason PodFailurePolicy through these rules alone, otherwise as its backoff limit is 0.
     assert job["podFailurePolicy"]["rules"] == [
-        {"action": "FailJob", "onExitCodes": {"containerName": "vdjax", "operator": "In", "values": [75]}},
+        {"action": "FailJob", "onExitCodes": {"containerName": "vdjax", "operator": "In", "values": [75, 76]}},
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
     assert job["template"]["spec"]["restartPolicy"] == "Never"  # which podFailurePolicy needs
@@ -292,7 +299,7 @@ def test_jobset_starts_again_after_75_and_after_nothing_else(launch: Callable[..
 
 
 def test_a_failed_jobset_ends_with_its_status_and_can_be_replaced(launch: Callable[..., Launch]) -> None:
-    run = launch(GKE, scenario={"states": ["", "smoke-1 ", "smoke-1 Failed"], "exits": ["75 0  7 1"]}, cluster="pods")
+    run = launch(GKE, scenario={"states": ["", "smoke-1 ", "smoke-1 Failed"], "exits": ["75 76  7 1"]}, cluster="pods")
     assert run.status == 7
     assert not run.of("delete")
     run = launch(GKE, scenario={"states": ["smoke-1 Failed", "smoke-1 Completed"]}, cluster="pods")
