@@ -12,6 +12,7 @@ from vdjax.data import chat, tokenizer
 from vdjax.errors import UserError
 from vdjax.models import config as model_config
 from vdjax.models import hf, transformer
+from vdjax.models.config import ModelConfig
 from vdjax.models.functional import Model, make_model, shardings
 
 
@@ -61,10 +62,15 @@ def setup(config: ConfigDict) -> Setup:
     if len(tok) > cfg.vocab_size:
         raise UserError(f"the tokenizer has {len(tok)} tokens, the model a vocabulary of {cfg.vocab_size}")
     mesh = sharding.make_mesh(**config.mesh.to_dict())
+    check_tensor(cfg, mesh)
+    return Setup(make_model(cfg, config.model), mesh, tok, template, hf_config, directory)
+
+
+def check_tensor(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+    """UserError where the mesh's axis `tensor` cannot share out the model's width."""
     for field in ("num_heads", "intermediate_size"):
         if getattr(cfg, field) % mesh.shape["tensor"]:
             raise UserError(f"config.mesh.tensor={mesh.shape['tensor']} does not divide {field}={getattr(cfg, field)}")
-    return Setup(make_model(cfg, config.model), mesh, tok, template, hf_config, directory)
 
 
 def initial_params(config: ConfigDict, made: Setup) -> Any:

@@ -1,5 +1,6 @@
 """Model shapes: from a Hugging Face config.json (every field is used or refused), to one, or by name."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -83,6 +84,14 @@ def named(name: str) -> ModelConfig:
     if name not in shapes:
         raise UserError(f"no model is named {name!r}{nearest(name, shapes)}")
     return ModelConfig(**shapes[name])
+
+
+def published(hub_id: str) -> ModelConfig | None:
+    """The shape of a hub id such as meta-llama/Llama-3.1-8B-Instruct or Qwen/Qwen3-4B-Base, if it is one of `named`."""
+    name = hub_id.rpartition("/")[2].lower().removeprefix("meta-").replace("llama-3", "llama3")
+    name = re.sub(r"-(base|instruct)$", "", name)
+    shapes = {**llama3.SHAPES, **qwen3.SHAPES}
+    return ModelConfig(**shapes[name]) if name in shapes else None
 
 
 def num_params(cfg: ModelConfig) -> int:

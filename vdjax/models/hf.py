@@ -68,6 +68,20 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
         raise UserError(f"{name}: neither a directory nor a model that the hub gives out: {error}") from error
 
 
+def fetch_config(name: str, revision: str | None = None) -> dict[str, Any]:
+    """The dict of the config.json of a directory or hub id, without its weights.
+
+    Raises:
+      UserError: neither a directory nor a model that the hub gives out.
+    """
+    if Path(name).expanduser().is_dir():
+        return read_config(Path(name).expanduser())
+    try:
+        return _read_json(Path(huggingface_hub.hf_hub_download(name, "config.json", revision=revision)))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise UserError(f"{name}: neither a directory nor a model that the hub gives out: {error}") from error
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """The dict of a model directory's config.json."""
     return _read_json(directory / "config.json")

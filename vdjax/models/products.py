@@ -36,9 +36,17 @@ matmul.defvjp(_forward, _backward)
 
 def _dot(a: Array, b: Array, a_axis: int, b_axis: int, dtype: DTypeLike) -> Array:
     batch = tuple(range(a.ndim - 2))
-    dims = (((a_axis,), (b_axis,)), (batch, batch))
-    # XLA on CPU has fast bfloat16 products (AMX) only for float32 results; a TPU sums in float32 in any case.
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32).astype(dtype)
+
+    def product(a: Array, b: Array, result: DTypeLike) -> Array:
+        dims = (((a_axis,), (b_axis,)), (batch, batch))
+        return jax.lax.dot_general(a, b, dims, preferred_element_type=result).astype(dtype)
+
+    # XLA on CPU has fast bfloat16 products (AMX) only for float32 results. A TPU sums in float32 in any case; asked for
+    # a float32 result, it would also reduce it between chips, and keep it, in float32.
+    in_float32 = functools.partial(product, result=jnp.float32)
+    if np.dtype(dtype) == np.dtype(jnp.float32):
+        return in_float32(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=in_float32, default=functools.partial(product, result=dtype))
 
 
 def transposed_matmul(

@@ -1,6 +1,5 @@
 """Sampling behind any number of prompts: batches of few shapes, and results in the order of the prompts."""
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -81,18 +80,21 @@ def generate(
 
 def run(model: Model, params: Any, batch: Prompts, sampling: Sampling, stop_ids: Sequence[int]) -> Samples:
     """One batch, compiled once for its shape. Results are global arrays."""
-    return _run(
-        model.graphdef,
-        params,
-        batch,
-        knobs(sampling),
-        max_new_tokens=sampling.max_new_tokens,
-        stop_ids=tuple(stop_ids),
-        filtered=filtered(sampling),
-    )
+    return _run(model.graphdef, params, batch, knobs(sampling), **_statics(sampling, stop_ids))
 
 
-_run = functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "stop_ids", "filtered"))(decode)
+def trace(model: Model, params: Any, batch: Prompts, sampling: Sampling, stop_ids: Sequence[int]) -> jax.stages.Traced:
+    """What `run` compiles, of shapes in place of parameters and batch."""
+    shapes = jax.eval_shape(lambda: knobs(sampling))
+    return _run.trace(model.graphdef, params, batch, shapes, **_statics(sampling, stop_ids))
+
+
+def _statics(sampling: Sampling, stop_ids: Sequence[int]) -> dict[str, Any]:
+    how = {"max_new_tokens": sampling.max_new_tokens, "filtered": filtered(sampling)}
+    return how | {"stop_ids": tuple(stop_ids)}
+
+
+_run = jax.jit(decode, static_argnums=0, static_argnames=("max_new_tokens", "stop_ids", "filtered"))
 
 
 def knobs(sampling: Sampling) -> Knobs:

@@ -5,18 +5,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from vdjax.chips import CHIPS
 from vdjax.models.config import ModelConfig
-
-# Dense bfloat16 peak of a chip in FLOP/s, from Google's system architecture pages of each generation.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
 
 
 def train_flops(cfg: ModelConfig, tokens: float, scored: float, attended: float) -> float:
@@ -36,8 +26,9 @@ def train_flops(cfg: ModelConfig, tokens: float, scored: float, attended: float)
 def peak_flops() -> float:
     """FLOP/s of all devices together: the chip's published peak, or a matmul measured now where there is none."""
     kind = jax.devices()[0].device_kind
-    if kind in PEAK_FLOPS:
-        return PEAK_FLOPS[kind] * jax.device_count()
+    for chip in CHIPS.values():
+        if kind in chip.kinds:
+            return chip.flops * jax.device_count()
     size = 2048
     a = jnp.ones((size, size), jnp.float32)
     matmul = jax.jit(jnp.matmul)

@@ -1,0 +1,1 @@
+"""What a program needs on hardware that is not there: compiled for a TPU, looked at, never run."""
