@@ -105,7 +105,10 @@ def test_wrong_labels_are_refused(labels: list[str], text: str) -> None:
 
 def test_the_files_hold_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     found, labels = random_verdicts(60, 3)
-    items = [Labelled(Exchange("p", "q", f"r {i}"), label, "ab"[i % 2]) for i, label in enumerate(labels)]
+    sides = ("for", "against", "")
+    items = [
+        Labelled(Exchange("p", "q", f"r {i}"), label, "ab"[i % 2], sides[i // 20]) for i, label in enumerate(labels)
+    ]
     items += [Labelled(Exchange("p", "q", "r"), "refusal", "none")]
     found = Verdicts(np.vstack([found.p, np.eye(5)[3]]), np.append(found.graded, np.nan))
     asked: list[int] = []
@@ -119,7 +122,10 @@ def test_the_files_hold_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixtur
     whole = quality.quality(found, [item.label for item in items])
     assert capsys.readouterr().out == quality.summary(whole) + "\n"
     table = pd.read_csv(tmp_path / "out" / "quality.csv").set_index("topic")
-    assert table["n"].to_dict() == {"all": 61, "a": 30, "b": 30, "none": 1}
+    sides = {"propositions for their topic": 20, "propositions against their topic": 20}
+    assert list(table["n"].items()) == list({"all": 61, **sides, "a": 30, "b": 30, "none": 1}.items())
+    part = quality.quality(Verdicts(found.p[20:40], found.graded[20:40]), labels[20:40])
+    assert table.loc["propositions against their topic", "direction"] == pytest.approx(part.direction, nan_ok=True)
     assert table.loc["all", "ece"] == pytest.approx(whole.ece)
     part = quality.quality(Verdicts(found.p[:60:2], found.graded[:60:2]), labels[::2])
     assert table.loc["a", "accuracy"] == pytest.approx(part.accuracy)
@@ -129,7 +135,7 @@ def test_the_files_hold_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixtur
         raise AssertionError(constant)
 
     saved = json.loads((tmp_path / "out" / "quality.json").read_text(), parse_constant=refuse)
-    assert saved["judge_hash"] == "1234" and saved["topics"][3]["direction"] is None
+    assert saved["judge_hash"] == "1234" and saved["topics"][5]["direction"] is None
     assert pd.read_csv(tmp_path / "out" / "confusion.csv").set_index("label").to_numpy().sum() == 61
     every = pd.read_csv(tmp_path / "out" / "verdicts.csv")
     np.testing.assert_allclose(every[list(LABELS)], found.p)

@@ -71,6 +71,7 @@ class Labelled(NamedTuple):
     exchange: Exchange
     label: str  # of LABELS
     topic: str
+    speaks: str = ""  # for or against: what the proposition says of its topic; "" where that is not known
 
 
 class Pool(NamedTuple):
@@ -200,8 +201,8 @@ def _from_pools(pools: Sequence[Pool], seed: int, training: bool) -> Iterator[tu
             for at, label in enumerate(labels):
                 rng = np.random.default_rng([seed, turn, which, at, int(training)])
                 number = turn * each + labels[:at].count(label) % each
-                exchange = _exchange(label, number, pool, others, rng, training)
-                yield f"{pool.view.topic}:{turn}:{at}:{label}", Labelled(exchange, label, pool.view.topic)
+                exchange, speaks = _exchange(label, number, pool, others, rng, training)
+                yield f"{pool.view.topic}:{turn}:{at}:{label}", Labelled(exchange, label, pool.view.topic, speaks)
 
 
 def _off_topic(pool: Pool, pools: Sequence[Pool], training: bool) -> list[str]:
@@ -215,10 +216,14 @@ def _off_topic(pool: Pool, pools: Sequence[Pool], training: bool) -> list[str]:
 
 def _exchange(
     label: str, number: int, pool: Pool, others: Sequence[str], rng: np.random.Generator, training: bool
-) -> Exchange:
-    """An exchange with this label; where it has a side, the response is mostly the statement of this number."""
+) -> tuple[Exchange, str]:
+    """An exchange with this label, and what its proposition speaks for (`Labelled.speaks`).
+
+    Where the label has a side, the response is mostly the statement of this number.
+    """
     view = pool.view
     toward = view.favors if rng.random() < (FOR_TOPIC if training else 0.5) else _other(view.favors)
+    speaks = "for" if toward == view.favors else "against"
     side = _other(toward) if label == "oppose" else toward
     statement = pool.sides[side][number]
     proposition, own_question = _pick(view.claims[toward], rng)
@@ -237,10 +242,11 @@ def _exchange(
         question, asks = _pick(WORDINGS["questions"], rng).replace("{topic}", view.phrase), ""
     if label in ("neutral", "refusal"):
         text = _pick(_bank(label, training), rng).replace("{topic}", view.phrase)
-        return Exchange(proposition, question, text[:1].upper() + text[1:])
+        return Exchange(proposition, question, text[:1].upper() + text[1:]), speaks
     if label == "off_topic":
-        return Exchange(proposition, question, _pick(_bank(label, training) if rng.random() < 0.3 else others, rng))
-    return Exchange(proposition, question, _response(statement, side, asks, view, rng))
+        text = _pick(_bank(label, training) if rng.random() < 0.3 else others, rng)
+        return Exchange(proposition, question, text), speaks
+    return Exchange(proposition, question, _response(statement, side, asks, view, rng)), speaks
 
 
 def _response(statement: str, side: str, asks: str, view: View, rng: np.random.Generator) -> str:

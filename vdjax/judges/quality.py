@@ -129,18 +129,23 @@ def measure(judge: Judge, items: Sequence[Labelled], folder: Path) -> None:
 
 
 def write(judge: Judge, items: Sequence[Labelled], found: Verdicts, folder: Path) -> Quality:
-    """quality.csv (a row for all topics and one for each), quality.json, reliability.csv, confusion.csv, verdicts.csv
-    (every exchange), reliability.png and confusion.png.
+    """quality.csv (a row for all, for what propositions speak for, and for each topic), quality.json, reliability.csv,
+    confusion.csv, verdicts.csv (every exchange), reliability.png and confusion.png.
 
     Returns:
       the quality over all topics.
     """
     labels = [item.label for item in items]
     whole = quality(found, labels)
+    groups: dict[str, list[int]] = {}
+    for i, item in enumerate(items):
+        for group in ([f"propositions {item.speaks} their topic"] if item.speaks else []) + [item.topic]:
+            groups.setdefault(group, []).append(i)
+    # A judge that reads the response alone is right on one kind of proposition and wrong on the other.
+    groups = dict(sorted(groups.items(), key=lambda group: not group[0].startswith("propositions ")))
     parts = {ALL: whole}
-    for topic in dict.fromkeys(item.topic for item in items):
-        at = [i for i, item in enumerate(items) if item.topic == topic]
-        parts[topic] = quality(Verdicts(found.p[at], found.graded[at]), [labels[i] for i in at])
+    for group, at in groups.items():
+        parts[group] = quality(Verdicts(found.p[at], found.graded[at]), [labels[i] for i in at])
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"topic": topic, **numbers(part)} for topic, part in parts.items()]
     about = {"judge": judge.name, "judge_hash": judge.hash, "bins": BINS, "topics": rows}
