@@ -163,6 +163,10 @@ def in_hbm(shape: str) -> float:
     return sum(size for size, hbm in arrays(shape) if hbm)
 
 
+def _size(shape: str) -> float:
+    return sum(size for size, _ in arrays(shape))
+
+
 def _operands(instruction: Instruction) -> list[str]:
     inner = instruction.rest[: _closing("(" + instruction.rest, 0) - 1]
     return re.findall(r"%([^\s,)]+)", inner)
@@ -183,10 +187,10 @@ def _traffic(computations: Computations, around: Mapping[str, Instruction], inst
 def _fusion_traffic(
     inner: Mapping[str, Instruction], around: Mapping[str, Instruction], fusion: Instruction
 ) -> float:
-    users: dict[str, list[Instruction]] = {}
+    users: dict[str, list[tuple[Instruction, int]]] = {}  # and which operand of theirs it is
     for instruction in inner.values():
-        for name in _operands(instruction) if instruction.opcode != "parameter" else ():
-            users.setdefault(name, []).append(instruction)
+        for at, name in enumerate(_operands(instruction) if instruction.opcode != "parameter" else ()):
+            users.setdefault(name, []).append((instruction, at))
     total, updated = 0.0, 0.0
     outer = _operands(fusion)
     for instruction in inner.values():
@@ -195,13 +199,13 @@ def _fusion_traffic(
         at = int(instruction.rest.partition(")")[0])
         shape = around[outer[at]].shape if at < len(outer) and outer[at] in around else instruction.shape
         uses = users.get(instruction.name, [])
-        if uses and all(use.opcode in ("dynamic-slice", "slice") for use in uses) and in_hbm(shape):
-            total += sum(sum(size for size, _ in arrays(use.shape)) for use in uses)
-        elif uses and all(use.opcode == "dynamic-update-slice" for use in uses) and in_hbm(shape):
-            for use in uses:
-                part = inner[_operands(use)[1]].shape
-                updated += in_hbm(use.shape)
-                total += sum(size for size, _ in arrays(part))
+        if not in_hbm(shape):
+            continue
+        if uses and all(use.opcode in ("dynamic-slice", "slice") and operand == 0 for use, operand in uses):
+            total += sum(_size(use.shape) for use, _ in uses)
+        elif uses and all(use.opcode == "dynamic-update-slice" and operand == 0 for use, operand in uses):
+            updated += sum(in_hbm(use.shape) for use, _ in uses)
+            total += sum(_size(inner[_operands(use)[1]].shape) for use, _ in uses)
         else:
             total += in_hbm(shape)
     return total + max(in_hbm(fusion.shape) - updated, 0.0)
@@ -212,7 +216,7 @@ def _sent(kind: str, instruction: Instruction, around: Mapping[str, Instruction]
     if group < 2 and kind != "collective-permute":
         return 0.0
     operands = [around[name].shape for name in _operands(instruction) if name in around]
-    given = sum(size for shape in operands for size, _ in arrays(shape))
+    given = sum(map(_size, operands))
     share = (group - 1) / group
     if kind == "all-gather":
         return given * (group - 1)
@@ -221,7 +225,7 @@ def _sent(kind: str, instruction: Instruction, around: Mapping[str, Instruction]
 
 def _groups(rest: str, devices: int) -> np.ndarray:
     """Which devices a collective joins: [groups, devices of one]."""
-    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}?,", rest):
+    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest):
         return np.array([[int(n) for n in pair] for pair in re.findall(r"(\d+),(\d+)", pairs[1])]).reshape(-1, 2)
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
         sizes = {name: int(number) for name, number in re.findall(r"'([^']+)'=(\d+)", named[1])}

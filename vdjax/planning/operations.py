@@ -76,5 +76,7 @@ def kept(jaxpr: Any) -> list[tuple[float, str]]:
 
 
 def _origin(equation: Any) -> str:
-    frame = equation and source_info_util.user_frame(equation.source_info.traceback)
+    if equation is None:
+        return " that each turn of the loop begins with"
+    frame = source_info_util.user_frame(equation.source_info.traceback)
     return f" of {frame.function_name}, {Path(frame.file_name).name}:{frame.start_line}" if frame else ""

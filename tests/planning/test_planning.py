@@ -1,0 +1,219 @@
+"""Plans: what programs are counted to do against closed forms and programs of known sizes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from vdjax import chips, plan
+from vdjax.config import experiment
+from vdjax.errors import UserError
+from vdjax.models.config import from_hf, num_params, published
+from vdjax.planning import hlo, operations
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    env = tiny.environment() | {"XLA_FLAGS": flags}
+    script = str(Path(__file__).parent / "eight_devices_plan.py")
+    result = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_weights_spread_over_eight_devices_are_gathered_layer_by_layer(results: dict[str, Any]) -> None:
+    (gather,) = results["gathered"]["collectives"]
+    assert (gather["kind"], gather["over"]) == ("all-gather", ["fsdp"])
+    # Each device sends its eighth of every layer's 64 x 64 float32 weights to seven others.
+    assert gather["bytes"] == 3 * 64 * 64 * 4 * 7 / 8
+
+
+def test_parameters_and_moments_are_an_eighth_a_device(results: dict[str, Any]) -> None:
+    step = results["fsdp"]["train_step"]
+    cfg = from_hf(tiny.SHAPES["llama"], where="tiny")
+    norms = (2 * cfg.num_layers + 1) * cfg.hidden_size  # whole on each device
+    table = 2 * cfg.vocab_size * cfg.hidden_size
+    held = 4 * (norms + (num_params(cfg) - norms) / 8)
+    assert step["parts"]["parameters"] * 2**30 == pytest.approx(held)
+    assert step["parts"]["optimizer"] * 2**30 == pytest.approx(2 * held, rel=1e-3)
+    assert table > 0 and step["fits"]
+
+
+def test_the_reference_needs_a_third_of_a_steps_products(results: dict[str, Any]) -> None:
+    for layout in ("fsdp", "tensor"):
+        programs = results[layout]
+        assert programs["reference"]["needed_tflops"] * 3 == pytest.approx(programs["train_step"]["needed_tflops"])
+        for found in programs.values():
+            assert found["tflops"] >= found["needed_tflops"] > 0
+            assert found["hbm_bytes"] > 0 and found["hbm_gib"] > sum(found["parts"].values()) * 0.99
+
+
+def test_no_collective_joins_snapshots(results: dict[str, Any]) -> None:
+    for layout in ("fsdp", "tensor"):
+        found = results[layout]["evaluator"]
+        assert "parameters of 8 snapshots" in found["parts"]
+        assert all("snapshot" not in each["over"] for each in found["collectives"])
+    assert any("tensor" in each["over"] for each in results["tensor"]["evaluator"]["collectives"])
+
+
+# Counting
+
+
+def test_products_are_counted_through_loops_branches_and_gradients() -> None:
+    def loop(x: jax.Array, w: jax.Array) -> jax.Array:
+        x = jax.lax.scan(lambda x, _: (jnp.sin(x @ w), None), x, None, length=5)[0]
+        return jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x).sum()
+
+    x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
+    one = 2 * 4 * 8 * 8
+    assert operations.matmul_flops(jax.make_jaxpr(loop)(x, w).jaxpr) == 6 * one
+    assert operations.matmul_flops(jax.make_jaxpr(jax.grad(loop, argnums=(0, 1)))(x, w).jaxpr) == 3 * 6 * one
+    again = jax.grad(lambda x, w: jax.checkpoint(loop)(x, w), argnums=(0, 1))
+    assert operations.matmul_flops(jax.make_jaxpr(again)(x, w).jaxpr) > 3 * 6 * one
+
+    def until(x: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda x: x.sum() < 1e9, lambda x: x @ w, x)
+
+    assert operations.matmul_flops(jax.make_jaxpr(until)(x).jaxpr, trips=7) == 7 * one
+
+
+def test_what_the_forward_pass_keeps_is_named() -> None:
+    def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0].sum()
+
+    w, x = jnp.ones((6, 8, 8)), jnp.ones((32, 8))
+    kept = operations.kept(jax.make_jaxpr(jax.grad(loss))(w, x).jaxpr)
+    assert {size for size, _ in kept} == {6 * 32 * 8 * 4}  # the inputs, tanh, and 1 - tanh
+    first, *others = [name for _, name in kept]
+    assert first == "f32[6,32,8] that each turn of the loop begins with"
+    assert others and all(name.startswith("f32[6,32,8] of") and "test_planning.py" in name for name in others)
+
+
+MESH = {"snapshot": 2, "data": 1, "fsdp": 4, "tensor": 1}
+PROGRAM = """HloModule jit_run, is_scheduled=true
+
+%fused (a: f32[5,64,8], i: s32[]) -> f32[1,64,8] {
+  %a = f32[5,64,8]{2,1,0:T(8,128)} parameter(0)
+  %i = s32[]{:T(128)} parameter(1)
+  ROOT %part = f32[1,64,8]{2,1,0:T(8,128)} dynamic-slice(%a, %i, %i, %i), dynamic_slice_sizes={1,64,8}
+}
+
+%all-reduce-scatter.1 (g: f32[64,8]) -> f32[16,8] {
+  %g = f32[64,8]{1,0} parameter(0)
+  %sum = f32[64,8]{1,0} all-reduce(%g), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %own = f32[16,8]{1,0} dynamic-slice(%sum, %g, %g), dynamic_slice_sizes={16,8}
+}
+
+%body (t: (s32[], f32[5,64,8])) -> (s32[], f32[5,64,8]) {
+  %t = (s32[]{:T(128)}, f32[5,64,8]{2,1,0}) parameter(0)
+  %n = s32[]{:T(128)} get-tuple-element(%t), index=0
+  %all = f32[5,64,8]{2,1,0} get-tuple-element(%t), index=1
+  %slice = f32[1,64,8]{2,1,0:T(8,128)} fusion(%all, %n), kind=kLoop, calls=%fused
+  %wide = f32[4,64,8]{2,1,0} all-gather(%slice), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %again = f32[4,64,8]{2,1,0} all-gather(%slice), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %fast = f32[64,8]{1,0:T(8,128)S(1)} copy(%slice)
+  %back = f32[16,8]{1,0} fusion(%fast), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %out = (s32[]{:T(128)}, f32[5,64,8]{2,1,0}) tuple(%n, %all)
+}
+
+%condition (c: (s32[], f32[5,64,8])) -> pred[] {
+  %c = (s32[]{:T(128)}, f32[5,64,8]{2,1,0}) parameter(0)
+  %bound = s32[]{:T(128)} constant(5)
+  %at = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %less = pred[]{:T(512)} compare(%at, %bound), direction=LT
+}
+
+ENTRY %main (w: f32[5,64,8]) -> f32[] {
+  %w = f32[5,64,8]{2,1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[]{:T(128)}, f32[5,64,8]{2,1,0}) tuple(%zero, %w)
+  %run = (s32[]{:T(128)}, f32[5,64,8]{2,1,0}) while(%start), condition=%condition, body=%body
+  %scalar = f32[]{:T(128)} constant(1)
+  ROOT %total = f32[]{:T(128)} all-reduce(%scalar), replica_groups=mesh['a'=2,'b'=4] {'a'}, to_apply=%add
+}
+"""
+
+
+def test_a_compiled_program_is_read_with_its_loops_multiplied_out() -> None:
+    found = hlo.read(PROGRAM, MESH)
+    part = 64 * 8 * 4
+    by_kind = {each.kind: each for each in found.collectives}
+    # Written twice with one channel, run five times; a device sends its part to three others.
+    assert by_kind["all-gather"] == hlo.Collective("all-gather", ("fsdp",), 5, 5 * 3 * part)
+    assert by_kind["reduce-scatter"] == hlo.Collective("reduce-scatter", ("fsdp",), 5, 5 * part * 3 / 4)
+    assert by_kind["all-reduce"] == hlo.Collective("all-reduce", ("snapshot",), 1, 4)
+    # The slice is read (with its 4-byte place) and written, then read by two gathers and a copy, whose results are 4, 4 and 0 (fast memory) parts;
+    # the reduction writes a quarter of a part. The last all-reduce moves one number in and out.
+    assert found.hbm_bytes == 5 * (2 * part + 4 + 2 * 5 * part + part + part / 4) + 8
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,2},{1,3}}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b'}, x", [[0, 1], [2, 3]]),
+        ("source_target_pairs={{0,1},{1,0}}, x", [[0, 1], [1, 0]]),
+        ("to_apply=%add", [[0, 1, 2, 3]]),
+    ],
+)
+def test_groups_of_collectives(text: str, groups: list[list[int]]) -> None:
+    np.testing.assert_array_equal(hlo._groups(text, 4), groups)
+
+
+# What is asked for
+
+
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [("v5e:8x8", "v5e:8x8"), ("v5e-64", "v5e:8x8"), ("v5p-128", "v5p:4x4x4"), ("v6e-256", "v6e:16x16")],
+)
+def test_names_of_slices(name: str, topology: str) -> None:
+    assert chips.parse(name) == topology
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5:8x8", "did you mean 'v5"),
+        ("v5e-100", "no such slice"),
+        ("v5e:8x8x8", "expected a shape such as 4x4"),
+        ("v5p:8xx8", "expected a shape such as 2x4x4"),
+    ],
+)
+def test_unknown_slices_are_refused(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        chips.parse(name)
+
+
+def test_published_models_are_known_by_their_hub_ids() -> None:
+    for hub_id, layers in {
+        "meta-llama/Llama-3.1-8B": 32,
+        "meta-llama/Llama-3.2-3B-Instruct": 28,
+        "meta-llama/Meta-Llama-3.1-70B-Instruct": 80,
+        "Qwen/Qwen3-8B-Base": 36,
+        "Qwen/Qwen3-4B": 36,
+    }.items():
+        found = published(hub_id)
+        assert found and found.num_layers == layers
+    assert published("Qwen/Qwen2-7B") is None and published("someone/llama") is None
+
+
+def test_a_mesh_is_read_from_a_flag() -> None:
+    default = experiment().mesh
+    assert plan.mesh_of("", default) == {"data": 1, "fsdp": -1, "tensor": 1}
+    assert plan.mesh_of("fsdp=-1,tensor=4", default) == {"fsdp": -1, "tensor": 4}
+    for text, message in {"fsd=4": "did you mean 'fsdp'", "fsdp=four": "expected AXIS=N"}.items():
+        with pytest.raises(UserError, match=message):
+            plan.mesh_of(text, default)
+
+
