@@ -66,6 +66,7 @@ class Plan(NamedTuple):
     fits: bool
     hbm_gib: float  # arguments, temporaries, outputs that reuse no argument, and code; of one that does not fit, what
     # the compiler says, or the sum of the parts
+    mesh: dict[str, int]
     parts: dict[str, float]  # GiB
     largest: list[tuple[float, str]]  # GiB and name of arrays kept from the forward to the backward pass
     collectives: list[hlo.Collective]
@@ -256,7 +257,8 @@ def compiled(lowered: Lowered, chip: Chip) -> Plan:
     done = operations.matmul_flops(lowered.jaxpr, lowered.trips) / chips / 1e12
     largest = [(size / shards / GIB, name) for size, name in operations.kept(lowered.jaxpr)[:LARGEST]]
     needed = lowered.needed_flops / chips / 1e12
-    found = Plan(False, 0.0, parts, largest, [], done, needed, 0.0, lowered.tokens, 0.0, "")
+    mesh = dict(lowered.mesh.shape)
+    found = Plan(False, 0.0, mesh, parts, largest, [], done, needed, 0.0, lowered.tokens, 0.0, "")
     try:
         program = lowered.lowered.compile()
     except JaxRuntimeError as error:
@@ -277,7 +279,7 @@ def compiled(lowered: Lowered, chip: Chip) -> Plan:
         "code": memory.generated_code_size_in_bytes / GIB,
     }
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + output + memory.generated_code_size_in_bytes
-    ran = hlo.read(program.as_text(), dict(lowered.mesh.shape), lowered.trips)
+    ran = hlo.read(program.as_text(), mesh, lowered.trips)
     return found._replace(
         fits=total / GIB <= chip.hbm_gib,
         hbm_gib=total / GIB,

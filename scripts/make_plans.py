@@ -1,0 +1,136 @@
+"""Writes docs/plans.md: what the paper's models need on TPU slices. Takes an hour or two on two cores.
+
+    JAX_PLATFORMS=cpu python scripts/make_plans.py --out docs/plans.md [--only llama3.1-8b]
+
+Needs the TPU's compiler (pip install '.[tpu]') and no TPU. Figures are kept in FILE.json beside the table as they come,
+so that what is there is not compiled again; --again compiles all.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+MODELS = ("llama3.2-3b", "llama3.1-8b", "llama3.1-70b", "qwen3-4b", "qwen3-8b")
+TOPOLOGIES = ("v5e-64", "v5e-256", "v5p-128", "v6e-64")
+STAGES = ("sft", "dpo")
+SNAPSHOTS = (16, 64, 256)
+CONFIG = Path(__file__).parent / "plans_config.py"
+# Chips, by which a row's sequences a step are chosen: two a chip for pairs, four a chip for SFT, one of 70B.
+CHIPS = {"v5e-64": 64, "v5e-256": 256, "v5p-128": 64, "v6e-64": 64}
+
+
+def rows(only: str) -> list[dict[str, Any]]:
+    """What is compiled: arguments of vdjax.plan, and what a row of the table says."""
+    out: list[dict[str, Any]] = []
+    for model in MODELS:
+        for stage in STAGES:
+            for topology in TOPOLOGIES:
+                each = 1 if model == "llama3.1-70b" or CHIPS[topology] == 256 or stage == "dpo" else 4
+                out.append({"model": model, "stage": stage, "topology": topology, "batch": each * CHIPS[topology]})
+    out.append({"model": "llama3.1-8b", "stage": "dpo", "topology": "v5e-64", "batch": 128})
+    for count in SNAPSHOTS:
+        out.append({"model": "llama3.1-8b", "stage": "dpo", "topology": "v5e-256", "snapshots": count})
+    return [row for row in out if not only or only in (row["model"], row["topology"])]
+
+
+def plan(row: dict[str, Any]) -> dict[str, Any]:
+    config = f"{CONFIG}:{row['model']},{row['stage']}"
+    command = [sys.executable, "-m", "vdjax.plan", "--config", config, "--topology", row["topology"], "--json"]
+    if "snapshots" in row:
+        command += ["--programs", "evaluator", "--snapshots", str(row["snapshots"])]
+    else:
+        command += ["--programs", "train_step", f"--config.{row['stage']}.batch_size={row['batch']}"]
+        command += [f"--config.{row['stage']}.microbatch_rows={row['batch']}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode not in (0, 1) or not done.stdout.strip():
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout)
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | stage | slice (chips) | sequences a step | parameters + optimizer | temporaries | needed of HBM | "
+        "collectives GB | TFLOP done (needed) | s at peak | compiled in s | verdict |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in found:
+        if "snapshots" in row:
+            continue
+        step = row["plan"]["train_step"]
+        parts, fits = step["parts"], step["fits"]
+        sequences = row["batch"] * (2 if row["stage"] == "dpo" else 1)
+        moved = sum(each["bytes"] for each in step["collectives"]) / 1e9
+        seconds = step["roofline_s"] or {}
+        cells = [
+            row["model"],
+            row["stage"],
+            f"{row['topology']} ({row['plan']['chips']})",
+            f"{sequences:,}",
+            f"{parts['parameters'] + parts['optimizer']:.2f}",
+            f"{parts.get('temporaries', 0):.2f}",
+            f"**{step['hbm_gib']:.2f}** of {row['plan']['hbm_gib_of_chip']}",
+            f"{moved:.1f}" if fits else "",
+            f"{step['tflops']:.0f} ({step['needed_tflops']:.0f})",
+            f"{max(seconds.values()):.2f} to {sum(seconds.values()):.2f}" if seconds else "",
+            f"{step['compile_s']:.0f}",
+            "fits" if fits else "does not fit",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def evaluators(found: list[dict[str, Any]]) -> str:
+    lines = [
+        "| snapshots | at once | mesh | parameters | temporaries | needed of HBM | collectives across snapshots | "
+        "other collectives | verdict |",
+        "| ---: | ---: | --- | ---: | ---: | ---: | ---: | --- | --- |",
+    ]
+    for row in found:
+        if "snapshots" not in row:
+            continue
+        one = row["plan"]["evaluator"]
+        held = next(name for name in one["parts"] if name.startswith("parameters"))
+        across = sum(each["count"] for each in one["collectives"] if "snapshot" in each["over"])
+        others = [each for each in one["collectives"] if "snapshot" not in each["over"]]
+        mesh = ", ".join(f"{axis}={n}" for axis, n in one["mesh"].items() if n > 1)
+        cells = [
+            str(row["snapshots"]),
+            held.split()[2],
+            mesh,
+            f"{one['parts'][held]:.2f}",
+            f"{one['parts'].get('temporaries', 0):.2f}",
+            f"**{one['hbm_gib']:.2f}** of {row['plan']['hbm_gib_of_chip']}",
+            f"{across:.0f}",
+            ", ".join(f"{each['count']:,.0f} {each['kind']} ({each['bytes'] / 1e9:.1f} GB)" for each in others),
+            "fits" if one["fits"] else "does not fit",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="a model or a slice")
+    parser.add_argument("--again", action="store_true")
+    flags = parser.parse_args()
+    kept = flags.out.with_suffix(".json")
+    known = json.loads(kept.read_text()) if kept.exists() and not flags.again else []
+    for row in rows(flags.only):
+        if any(all(each.get(key) == value for key, value in row.items()) for each in known):
+            continue
+        known.append({**row, "plan": plan(row)})
+        step = next(value for value in known[-1]["plan"].values() if isinstance(value, dict) and "hbm_gib" in value)
+        print(" ".join(map(str, row.values())), f"{step['hbm_gib']:.2f} GiB", flush=True)
+        kept.write_text(json.dumps(known, indent=1))
+    order = {json.dumps(row): at for at, row in enumerate(rows(""))}
+    known.sort(key=lambda each: order[json.dumps({key: value for key, value in each.items() if key != "plan"})])
+    text = Path(__file__).with_name("plans.md.in").read_text()
+    flags.out.write_text(text.replace("{train_steps}", table(known)).replace("{evaluators}", evaluators(known)))
+
+
+if __name__ == "__main__":
+    main()
