@@ -1,7 +1,7 @@
-"""Runs `python -m vdjax.main` and stops itself: python stop_at.py KILL|TERM|SAVE STAGE STEP [arguments of vdjax.main]
+"""Runs `python -m vdjax.main` and stops itself: python stop_at.py HOW STAGE STEP [arguments of vdjax.main]
 
-KILL: SIGKILL once the step is logged. TERM: SIGTERM there, which vdjax.main answers. SAVE: SIGKILL while the step's
-snapshot or resume point is being written.
+KILL: SIGKILL once the step is logged. TERM: SIGTERM there, which vdjax.main answers. STOP: SIGSTOP there, as if hung.
+FAIL: an error there. SAVE: SIGKILL while the step's snapshot or resume point is being written. RUN: none of these.
 """
 
 import os
@@ -9,8 +9,11 @@ import signal
 import sys
 from typing import Any
 
-from vdjax import cli, main, snapshots
+from vdjax import cli, hosts, main, snapshots
+from vdjax.errors import UserError
 from vdjax.train import loop
+
+SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "STOP": signal.SIGSTOP}
 
 
 def arm(how: str, stage: str, at: int) -> None:
@@ -18,8 +21,11 @@ def arm(how: str, stage: str, at: int) -> None:
 
     def step(self: loop.MetricsLog, step: int, values: dict[str, float]) -> None:
         log_step(self, step, values)
-        if (self.name, step) == (stage, at) and how in ("KILL", "TERM"):
-            os.kill(os.getpid(), signal.SIGKILL if how == "KILL" else signal.SIGTERM)
+        if (self.name, step) == (stage, at):
+            if how in SIGNALS:
+                os.kill(os.getpid(), SIGNALS[how])
+            if how == "FAIL":
+                raise UserError("the disk is full")
 
     def save(manager: Any, step: int, state: Any, position: dict) -> None:
         save_resume(manager, step, state, position)
@@ -34,5 +40,6 @@ def arm(how: str, stage: str, at: int) -> None:
 if __name__ == "__main__":
     how, stage, at = sys.argv[1:4]
     sys.argv = ["main", *sys.argv[4:]]
+    hosts.HEARTBEAT_S = int(os.environ.get("HEARTBEAT_S", hosts.HEARTBEAT_S))
     arm(how, stage, int(at))
     cli.run_cli(main.main)

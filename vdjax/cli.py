@@ -1,15 +1,31 @@
-"""How every command ends: a UserError is a message and status 2, never a traceback."""
+"""How every command ends: a UserError is a message and status 2, never a traceback; all processes with one status."""
 
 import sys
+import traceback
 from collections.abc import Callable
 
+from vdjax import hosts
 from vdjax.errors import UserError
+
+INTERRUPTED = 75  # exit status: stopped by a signal with everything saved; the same command goes on
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Runs a command's `main` and exits with its status."""
+    """Runs a command's `main` and exits with its status; where several processes run it, all of them do."""
     try:
-        sys.exit(main() or 0)
+        status = main() or 0
+        if not status:
+            hosts.leave()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        hosts.end(2, str(error))
         sys.exit(2)
+    except KeyboardInterrupt:
+        hosts.end(INTERRUPTED, "stopped by a signal")
+        raise
+    except Exception as error:
+        hosts.end(1, f"{type(error).__name__}: {error}"[:2000], traceback.format_exc())
+        raise
+    if status:
+        hosts.end(status, "stopped by a signal" if status == INTERRUPTED else f"ended with status {status}")
+    sys.exit(status)

@@ -343,3 +343,16 @@ def override(config: ConfigDict, flag: str) -> None:
 def to_json(config: ConfigDict) -> str:
     """The resolved config as JSON, keys sorted."""
     return json.dumps(config.to_dict(), indent=1, sort_keys=True, default=list)
+
+
+def facts(config: ConfigDict) -> dict[str, Any]:
+    """Every field of the resolved config by its dotted name."""
+    return {f"config.{key}": value for key, value in flat(json.loads(to_json(config))).items()}
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts by their dotted names."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return out

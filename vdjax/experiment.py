@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from vdjax import findings, measure, runs, sharding, snapshots
+from vdjax import findings, hosts, measure, runs, sharding, snapshots
 from vdjax.data import chat, pipeline, tokenizer
 from vdjax.models import config as model_config
 from vdjax.models import hf, lora
@@ -56,6 +57,7 @@ def run(config: ConfigDict, workdir: Path, command: str) -> None:
         plans = {name: plan(config, name, made, workdir) for name in config.stages}
         overlap = {name: pipeline.asking(plans[name].train, [p.input for p in asked.probes]) for name in config.stages}
         rewarders = {name: rewarder_of(config, name, made, workdir) for name in config.stages}
+        hosts.agree("the plan", {name: outline(planned) for name, planned in plans.items()})
         stages = {name: stage_of(config, name, plans[name], rewarders[name], made, workdir) for name in config.stages}
         for name in config.stages:
             if overlap[name]:
@@ -69,8 +71,18 @@ def run(config: ConfigDict, workdir: Path, command: str) -> None:
     findings.write(config, made, asked, judges, workdir, command, {name: len(ids) for name, ids in overlap.items()})
 
 
+def outline(planned: StagePlan) -> dict[str, Any]:
+    """What all processes must have in common, or their collectives would not fit together."""
+    return {
+        "data": planned.train.key,
+        "steps": planned.total_steps,
+        "examples of the last step": np.asarray(planned.steps[planned.total_steps - 1]).tolist(),
+        "shape": [*planned.shape, planned.microbatch_rows],
+    }
+
+
 def train(stage: Stage, rewarder: RewardModel | rewards.Reward | None, made: Setup) -> None:
-    if (stage.workdir / stage.name / "done.json").exists():
+    if hosts.by_first(f"a look for {stage.name}", (stage.workdir / stage.name / "done.json").exists):
         return say(f"{stage.name}: trained already")
     say(f"{stage.name} data: {data_line(stage.plan.train.counts)}")
     if rewarder is None:
@@ -167,7 +179,7 @@ def overlap_line(ids: Sequence[str], total: int) -> str:
 def ask_stage(config: ConfigDict, name: str, made: Setup, asked: measure.Questions, workdir: Path) -> None:
     """Asks every snapshot of a stage."""
     folder = workdir / name / "snapshots"
-    steps = snapshots.kept(folder)
+    steps = hosts.by_first(f"the snapshots of {name}", lambda: snapshots.kept(folder))
     readers = [snapshots.open_reader(folder / str(step)) for step in steps]
     model = runs.stage_model(config, name, made)
     base = frozen_part(model, runs.start_params(config, name, made, workdir)) if model.lora else None

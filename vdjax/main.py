@@ -5,12 +5,10 @@ import shlex
 import sys
 from pathlib import Path
 
+from vdjax import cluster, hosts, runtime
 from vdjax import config as configs
-from vdjax import runtime
-from vdjax.cli import run_cli
+from vdjax.cli import INTERRUPTED, run_cli
 from vdjax.errors import UserError
-
-INTERRUPTED = 75  # exit status: stopped by a signal with everything saved; the same command goes on
 
 
 def main() -> int:
@@ -18,12 +16,14 @@ def main() -> int:
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a file with get_config()")
     parser.add_argument("--workdir", type=Path, help="where everything is written; the same one goes on")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, and do not train")
+    cluster.add_flags(parser)
     flags, overrides = parser.parse_known_args()
     command = shlex.join(["python", "-m", "vdjax.main", *sys.argv[1:]])
+    runtime.start(flags)  # first, so that what is wrong on one host ends the processes of all
     config = configs.load(flags.config, overrides)
     if flags.workdir is None and not flags.dry_run:
         raise UserError("--workdir is missing: a directory for snapshots, probes and the report")
-    runtime.start()
+    hosts.agree("the config", configs.facts(config))
 
     from vdjax import dry_run, experiment, study
     from vdjax.train.loop import Interrupted
@@ -41,7 +41,8 @@ def main() -> int:
         return INTERRUPTED
     except UserError as error:
         raise UserError(f"{error}\nthen go on with: {command}") from error
-    print(f"done; the same command shows this again: {command}")
+    if hosts.index() == 0:
+        print(f"done; the same command shows this again: {command}")
     return 0
 
 

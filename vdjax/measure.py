@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from vdjax import config as configs
-from vdjax import runs
+from vdjax import hosts, runs
 from vdjax.data import stances
 from vdjax.errors import UserError
 from vdjax.files import write_whole
@@ -305,7 +303,11 @@ def judge_quality(config: ConfigDict, made: Setup, workdir: Path) -> None:
     items = labelled(config)
     opened = open_judge(c.stage, fields, made.mesh, workdir)
     file = workdir / "quality" / "quality.json"
-    if file.exists() and json.loads(file.read_text())["judge_hash"] == opened.hash:
+
+    def measured() -> bool:
+        return file.exists() and json.loads(file.read_text())["judge_hash"] == opened.hash
+
+    if hosts.by_first("a look for the judge's quality", measured):
         return say(f"{c.stage}: measured as a judge already")
     say(f"{c.stage}: judges {len(items)} labelled exchanges")
     quality.measure(opened, items, workdir / "quality")
@@ -372,17 +374,18 @@ def covered(said: pd.DataFrame, verdicts: pd.DataFrame, judge: str) -> pd.DataFr
 
 
 def holds(file: Path, **wanted: str) -> bool:
-    """Whether a table is there with one value in each of these columns, the wanted one. Process 0 decides for all."""
-    found = False
-    if jax.process_index() == 0 and file.exists() and set(wanted) <= set(pq.read_schema(file).names):
+    """Whether a table is there with one value in each of these columns, the wanted one."""
+
+    def look() -> bool:
+        if not file.exists() or not set(wanted) <= set(pq.read_schema(file).names):
+            return False
         table = pd.read_parquet(file, columns=list(wanted))
-        found = all(set(table[name]) <= {value} for name, value in wanted.items())
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(found))) if jax.process_count() > 1 else found
+        return all(set(table[name]) <= {value} for name, value in wanted.items())
+
+    return hosts.by_first(f"a look into {file.parent.name}/{file.name}", look)
 
 
 def store(table: pd.DataFrame, file: Path) -> None:
     """Writes a table whole or not at all; all processes may read it afterwards."""
-    if jax.process_index() == 0:
-        write_whole(file, table.to_parquet(index=False))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"stored {file}")
+    what = f"{file.parent.name}/{file.name} to be written"
+    hosts.by_first(what, lambda: write_whole(file, table.to_parquet(index=False)))

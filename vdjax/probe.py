@@ -10,7 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from vdjax import check_config, runtime
+from vdjax import check_config, cluster, hosts, runtime
 from vdjax import config as configs
 from vdjax.cli import run_cli
 from vdjax.errors import UserError
@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("--config", metavar="FILE.py[:ARG]", help="a config whose probes and judges are used")
     parser.add_argument("--probes", help="a probe file; default: the config's, or the built-in set")
     parser.add_argument("--workdir", type=Path, required=True)
+    cluster.add_flags(parser)
     flags, overrides = parser.parse_known_args()
+    runtime.start(flags)  # first, so that what is wrong on one host ends the processes of all
     config = configs.experiment()
     if flags.config:
         given = configs.read(flags.config)
@@ -42,7 +44,8 @@ def main() -> None:
     for override in overrides:
         configs.override(config, override)
     check_config.check_probes(config, flags.config or "vdjax.probe")
-    runtime.start()
+    hosts.agree("what is asked", configs.facts(config) | {"--models": flags.models})
+    hosts.check_shared(flags.workdir)
 
     import jax
 

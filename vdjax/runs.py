@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from vdjax import __version__, snapshots
+from vdjax import __version__, hosts, snapshots
 from vdjax import config as configs
 from vdjax.errors import UserError
 from vdjax.files import write_whole
@@ -129,13 +129,19 @@ def claim(config: ConfigDict, workdir: Path, command: str) -> None:
     """Writes WORKDIR/config.json, or checks that the experiment there is this one.
 
     Raises:
-      UserError: the workdir holds another experiment; names the fields that differ.
+      UserError: the workdir holds another experiment (names the fields that differ), or is not the same directory on
+        all hosts.
     """
+    hosts.check_shared(workdir)
+    hosts.by_first("the workdir to be claimed", lambda: _claim(config, workdir, command))
+
+
+def _claim(config: ConfigDict, workdir: Path, command: str) -> None:
     file = workdir / "config.json"
     mine = json.loads(configs.to_json(config))
     if file.exists():
         theirs = json.loads(file.read_text())["config"]
-        before, now = flat(theirs), flat(mine)
+        before, now = configs.flat(theirs), configs.flat(mine)
         differ = sorted(
             key
             for key in before.keys() | now.keys()
@@ -144,17 +150,8 @@ def claim(config: ConfigDict, workdir: Path, command: str) -> None:
         if differ:
             shown = "\n".join(f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differ[:20])
             raise UserError(f"{workdir} holds an experiment with another config; give a new --workdir.\n{shown}")
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        content = {"config": mine, "seed": config.seed, "versions": versions(), "command": command}
-        write_whole(file, json.dumps(content, indent=1))
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
+    content = {"config": mine, "seed": config.seed, "versions": versions(), "command": command}
+    write_whole(file, json.dumps(content, indent=1))
 
 
 def versions() -> dict[str, str]:
@@ -164,7 +161,11 @@ def versions() -> dict[str, str]:
 
 def write_model_files(made: Setup, folder: Path) -> None:
     """A Hugging Face directory without weights: what an export of a snapshot needs besides parameters."""
-    if jax.process_index() or (folder / "config.json").exists():
+    hosts.by_first("the model's files to be written", lambda: _write_model_files(made, folder))
+
+
+def _write_model_files(made: Setup, folder: Path) -> None:
+    if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     made.tokenizer.chat_template = made.template.text

@@ -1,21 +1,33 @@
 """How a process starts: several hosts, compile cache, quiet libraries."""
 
+import argparse
+import hashlib
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from vdjax import cluster, hosts
 
-def start() -> None:
+
+def start(flags: argparse.Namespace | None = None) -> None:
     """Call once, before anything touches a device.
 
-    Joins the other hosts where the environment says that there are any, keeps compiled programs on disk
-    (JAX_COMPILATION_CACHE_DIR, default ~/.cache/vdjax/compiled), and makes SIGTERM end the process as Ctrl-C does.
+    Joins the other processes where flags or the environment say that there are any (`vdjax.cluster`) and checks that
+    all run the same code; keeps compiled programs on disk (JAX_COMPILATION_CACHE_DIR, default
+    ~/.cache/vdjax/compiled); and makes SIGTERM end the process as Ctrl-C does.
+
+    Args:
+      flags: of a command that has those of `cluster.add_flags`. Such a command compares its config between processes
+        itself (`hosts.agree`); of others the command lines are compared here.
+
+    Raises:
+      UserError: processes that do not come, or differ; names them.
     """
-    if os.environ.get("JAX_COORDINATOR_ADDRESS") or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
-        jax.distributed.initialize()
+    place = cluster.find(flags, os.environ)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vdjax" / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
@@ -26,3 +38,19 @@ def start() -> None:
         raise KeyboardInterrupt("terminated")
 
     signal.signal(signal.SIGTERM, on_term)
+    if place:
+        from vdjax import runs
+
+        cluster.join(place)
+        hosts.agree("the code", {**runs.versions(), "files of vdjax": files_hash(Path(__file__).parent)})
+        if flags is None:
+            hosts.agree("the command line", {"arguments": sys.argv[1:]})
+
+
+def files_hash(folder: Path) -> str:
+    """Of the names and contents of all files of a package."""
+    whole = hashlib.sha256()
+    for file in sorted(f for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts):
+        for part in (str(file.relative_to(folder)).encode(), file.read_bytes()):
+            whole.update(hashlib.sha256(part).digest())
+    return whole.hexdigest()[:16]

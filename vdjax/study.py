@@ -13,25 +13,22 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 import pandas as pd
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from vdjax import cluster, experiment, hosts, runtime
 from vdjax import config as configs
-from vdjax import experiment, runtime
-from vdjax.cli import run_cli
+from vdjax.cli import INTERRUPTED, run_cli
 from vdjax.drift import noise
 from vdjax.errors import UserError
 from vdjax.files import write_whole
 from vdjax.progress import say
 from vdjax.studies import grid, merge
 from vdjax.train.loop import Interrupted
-
-INTERRUPTED = 75  # exit status: stopped by a signal with everything saved; the same command goes on
 
 
 def main() -> int:
@@ -44,7 +41,10 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="say what there is to do, and the command for each part")
     parser.add_argument("--shard", metavar="i/n", default="0/1", help="only experiments number i, i + n, ... from 0 on")
     parser.add_argument("--report", action="store_true", help="only write the reports again, of what is finished")
+    cluster.add_flags(parser)
     flags, overrides = parser.parse_known_args()
+    if not flags.list:
+        runtime.start(flags)  # first, so that what is wrong on one host ends the processes of all
     study = configs.load(flags.config, overrides)
     todo = grid.experiments(study)
     cells = grid.cells(study)
@@ -56,7 +56,7 @@ def main() -> int:
         print("\n".join(listing(todo, cells, flags.workdir, alone, chosen)))
         return 0
     command = shlex.join(["python", "-m", "vdjax.study", *sys.argv[1:]])
-    runtime.start()
+    hosts.agree("the study", configs.facts(study) | {"--shard": flags.shard, "--report": flags.report})
     commands = {name: f"{alone} --shard {i}/{len(todo)}" for i, name in enumerate(todo)}
     try:
         if not flags.report:
@@ -134,7 +134,7 @@ def run_all(todo: Mapping[str, ConfigDict], workdir: Path, commands: Mapping[str
     for number, (name, config) in enumerate(todo.items(), start=1):
         folder = workdir / name
         with held(folder) as mine:
-            if finished(config, folder):
+            if hosts.by_first(f"a look for {name}", partial(finished, config, folder)):
                 say(f"{name}: finished already")
                 continue
             if not mine:
@@ -145,8 +145,8 @@ def run_all(todo: Mapping[str, ConfigDict], workdir: Path, commands: Mapping[str
                 experiment.run(config, folder, commands[name])
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
-            if jax.process_index() == 0:
-                write_whole(folder / "finished.json", json.dumps({"config_hash": config_hash(config)}))
+            mark = json.dumps({"config_hash": config_hash(config)})
+            hosts.by_first(f"{name} to be marked as finished", partial(write_whole, folder / "finished.json", mark))
         jax.clear_caches()  # else the programs of all experiments stay in memory
 
 
@@ -158,19 +158,33 @@ def write_reports(
     Args:
       always: also where these seeds were known already, as after an audit.
     """
-    done = {name: config for name, config in todo.items() if finished(config, workdir / name)}
+
+    def those() -> list[str]:
+        return [name for name, config in todo.items() if finished(config, workdir / name)]
+
+    done = {name: todo[name] for name in hosts.by_first("a look for what is finished", those)}
     for name, config in done.items():
-        others = [o for o, c in done.items() if o != name and alike(c) == alike(config)]
-        tables = [pd.read_csv(workdir / o / "drift" / "drift.csv").assign(seed=done[o].seed) for o in others]
-        text = pd.concat(tables)[list(noise.RESEEDED)].to_csv(index=False) if tables else ""
         file = workdir / name / "drift" / "reseeded.csv"
-        if not always and text == (file.read_text() if file.exists() else ""):
+        text = hosts.by_first(f"a look at the other seeds of {name}", partial(reseeded, name, done, workdir))
+        known = hosts.by_first("a look at those known", partial(read_text, file))
+        if text == known and not always:
             continue
         with held(workdir / name) as mine:
             if mine:
-                if text and jax.process_index() == 0:
-                    write_whole(file, text)
+                if text:
+                    hosts.by_first("the other seeds to be written", partial(write_whole, file, text))
                 experiment.run(config, workdir / name, commands[name])
+
+
+def reseeded(name: str, done: Mapping[str, ConfigDict], workdir: Path) -> str:
+    """The drift of the experiments that differ from one in the seed alone, as CSV; empty where there is none."""
+    others = [o for o, c in done.items() if o != name and alike(c) == alike(done[name])]
+    tables = [pd.read_csv(workdir / o / "drift" / "drift.csv").assign(seed=done[o].seed) for o in others]
+    return pd.concat(tables)[list(noise.RESEEDED)].to_csv(index=False) if tables else ""
+
+
+def read_text(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
 
 
 def alike(config: ConfigDict) -> str:
@@ -193,19 +207,21 @@ def config_hash(config: ConfigDict) -> str:
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[bool]:
     """Whether this process (of several hosts: the first) holds the experiment's lock, which is freed when it dies."""
-    mine = True
-    file = -1
-    if jax.process_index() == 0:
+    files: list[int] = []
+
+    def lock() -> bool:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+        files.append(os.open(folder / "lock", os.O_RDWR | os.O_CREAT))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            mine = False
+            return False
+        return True
+
     try:
-        yield bool(multihost_utils.broadcast_one_to_all(np.int32(mine))) if jax.process_count() > 1 else mine
+        yield hosts.by_first(f"the lock of {folder.name}", lock)
     finally:
-        if file >= 0:
+        for file in files:
             os.close(file)
 
 

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vdjax import chat_api, runtime, sharding
+from vdjax import chat_api, hosts, runtime, sharding
 from vdjax import config as configs
 from vdjax.cli import run_cli
 from vdjax.data import chat
@@ -98,8 +98,12 @@ def api_generator(endpoint: chat_api.Endpoint, sampling: Sampling, cache: Path) 
             )
             for a in asked
         ]
-        replies = chat_api.ask(endpoint, requests, cache, "writing")
-        return [Said(reply.text, "length" if reply.finish_reason == "length" else "stop") for reply in replies]
+
+        def said() -> list[Said]:
+            replies = chat_api.ask(endpoint, requests, cache, "writing")
+            return [Said(reply.text, "length" if reply.finish_reason == "length" else "stop") for reply in replies]
+
+        return [Said(*one) for one in hosts.by_first("the answers of the endpoint", said)]
 
     return Generator(_digest({"endpoint": where, "sampling": sampling}), write)
 

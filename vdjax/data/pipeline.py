@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
+from vdjax import hosts
 from vdjax.data import chat, mixture, packing, readers, sources
 from vdjax.data.chat import Rendered, Template
 from vdjax.data.examples import Example, normal, user_turns
@@ -116,9 +117,15 @@ def build(stage: ConfigDict, kind: str, tokenizer: Any, template: Template, cach
         "template": (chat.template_hash(template), template.stop_ids, template.end_id, template.bos_ids),
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()[:16]
-    folder = cache / key
-    if not folder.exists():
-        _write(_render_all(stage, kind, tokenizer, template, seed), key, folder)
+    folder, name = cache / key, ", ".join(str(spec["path"]) for spec in specs(stage, kind))
+
+    def render() -> None:
+        if not folder.exists():
+            _write(_render_all(stage, kind, tokenizer, template, seed), key, folder)
+
+    hosts.agree(f"what the data of {name} depend on", parts)
+    hosts.by_first(f"the data of {name} to be rendered", render)
+    render()  # where the cache is no folder that all processes share, each has one
     return _read(folder)
 
 

@@ -1,14 +1,17 @@
 """Judges by what a config says of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from vdjax import chat_api
+from vdjax import chat_api, hosts
 from vdjax import config as configs
 from vdjax.errors import UserError, nearest
-from vdjax.judges import Judge, api, human, local
+from vdjax.judges import LABELS, Exchange, Judge, Verdicts, api, human, local
 
 
 def judge_of_flags(config: ConfigDict, judge: str, template: str, spec: str) -> tuple[str, ConfigDict]:
@@ -59,7 +62,9 @@ def check_key(name: str, fields: ConfigDict) -> None:
 
 
 def open_judge(name: str, fields: ConfigDict, mesh: jax.sharding.Mesh, cache: Path) -> Judge:
-    """A judge made by `config.judge`; a local one has its weights loaded.
+    """A judge made by `config.judge`; a local one has its weights loaded, and all processes judge.
+
+    Others are asked by the first process alone, so that an answer is paid for once.
 
     Args:
       cache: folder for what an API has answered.
@@ -69,6 +74,13 @@ def open_judge(name: str, fields: ConfigDict, mesh: jax.sharding.Mesh, cache: Pa
     """
     if fields.kind == "local":
         return local.open_local(name, fields, mesh)
-    if fields.kind == "api":
-        return api.open_api(name, fields, cache)
-    return human.open_human(name, fields)
+    asked = api.open_api(name, fields, cache) if fields.kind == "api" else human.open_human(name, fields)
+
+    def judge(exchanges: Sequence[Exchange], repeat: int) -> Verdicts:
+        def ask() -> list[Any]:
+            return [array.tolist() for array in asked.judge(exchanges, repeat)]
+
+        p, graded = hosts.by_first(f"the verdicts of {name}", ask)
+        return Verdicts(np.array(p, float).reshape(-1, len(LABELS)), np.array(graded, float))
+
+    return asked._replace(judge=judge) if hosts.count() > 1 else asked

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from vdjax import sharding
+from vdjax import hosts, sharding
 from vdjax.data import packing
 from vdjax.errors import UserError
 from vdjax.models import hf, lora
@@ -88,11 +88,17 @@ def size_in_bytes(params: Any) -> int:
 
 
 def default_memory() -> float:
-    """Half of the memory of all devices together; devices that do not report theirs share the host's."""
+    """Half of the memory of all devices together; devices that do not report theirs share the host's.
+
+    Of several hosts the one with the least memory counts for all.
+    """
     stats = [d.memory_stats() for d in jax.local_devices()]
     if all(s and "bytes_limit" in s for s in stats):
-        return 0.5 * sum(s["bytes_limit"] for s in stats) * jax.process_count()
-    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        least = min(hosts.gather("the memory of all devices", sum(s["bytes_limit"] for s in stats)))
+        return 0.5 * least * hosts.count()
+    # Processes may stand on one host, so that its memory is counted once.
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return 0.5 * min(hosts.gather("the memory of all hosts", free))
 
 
 def evaluator_mesh(mesh: Mesh, group_size: int) -> Mesh:

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from vdjax import config as configs
 from vdjax.errors import UserError, nearest
 from vdjax.objectives import OBJECTIVES
-from vdjax.runs import flat
 
 AXES = ("models", "sft", "preferences")
 BY_GRID = "given by config.grid"
@@ -52,7 +51,7 @@ def with_axes(
     config.grid = ConfigDict({"models": models, "sft": sft, "preferences": preferences})
     config.seeds = seeds
     first = next(iter(models), "")
-    for key, value in flat(config.grid.models.get(first, ConfigDict()).to_dict()).items():
+    for key, value in configs.flat(config.grid.models.get(first, ConfigDict()).to_dict()).items():
         _set(config, key, value)
     trunk, objectives = split(config)
     for name in (trunk[-1], *objectives):  # `configs.load` wants a path; every experiment of the study has its own
@@ -144,7 +143,7 @@ def experiment(study: ConfigDict, model: str, sft: str, seed: int) -> ConfigDict
     grid = c.grid
     del c.grid
     c.seed, c.seeds = seed, ()
-    for key, value in flat(grid.models[model].to_dict()).items():
+    for key, value in configs.flat(grid.models[model].to_dict()).items():
         _set(c, key, value, f"config.grid.models.{model}")
     _set_data(c, before[-1], grid.sft[sft], f"config.grid.sft.{sft}")
     stages = list(before)
@@ -167,7 +166,7 @@ def experiment(study: ConfigDict, model: str, sft: str, seed: int) -> ConfigDict
 def _set_data(config: ConfigDict, name: str, data: ConfigDict, where: str) -> None:
     if config[name].data.path == BY_GRID:
         config[name].data.path = ""
-    for key, value in flat(data.to_dict()).items():
+    for key, value in configs.flat(data.to_dict()).items():
         _set(config, f"{name}.data.{key}", value, where)
 
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
+from vdjax import hosts
 from vdjax.drift import tensorboard
 from vdjax.progress import say
 
@@ -40,10 +40,13 @@ class MetricsLog:
 
     def __init__(self, file: Path, tb: Path, name: str, step: int, total: int, log_every: int) -> None:
         self.name, self.total, self.every = name, total, log_every
-        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() and step else []
-        rows = [row for row in rows if row["step"] <= step]
-        self.evaluated = {row["step"] for row in rows if any(k.startswith("eval_") for k in row)}
-        self.first = jax.process_index() == 0
+        rows: list[dict[str, Any]] = []
+        self.first = hosts.index() == 0
+        if self.first and file.exists() and step:
+            rows = [row for row in map(json.loads, file.read_text().splitlines()) if row["step"] <= step]
+        evaluated = [row["step"] for row in rows if any(k.startswith("eval_") for k in row)]
+        # All processes evaluate or none does, whatever the others see of a file that the first one is writing.
+        self.evaluated = set(hosts.by_first(f"the log of {name}", lambda: evaluated))
         if self.first:
             file.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(file, "w", buffering=1)  # noqa: SIM115 - open for as long as the stage runs

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vdjax import snapshots
+from vdjax import hosts, snapshots
 from vdjax.errors import UserError
 from vdjax.models import functional
 from vdjax.models.config import ModelConfig
@@ -154,6 +154,7 @@ def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool
     curves = stage.workdir / "tb" / stage.name
     log = MetricsLog(folder / "metrics.jsonl", curves, stage.name, step, total, stage.log_every)
     checkpointer, peak = snapshots.saver(), peak_flops()
+    stop_now = hosts.stop_vote(stage.mesh)
     pending: list[tuple[int, Any, Facts]] = []
     last = time.perf_counter()
 
@@ -187,7 +188,7 @@ def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool
             step += 1
             pending.append((step, metrics, facts))
             flush(trainer.behind)
-            stopping = stop_requested()  # asked once, so that whoever stops here has written a resume point
+            stopping = stop_now(stop_requested())  # once a step, so that whoever stops has written a resume point
             due = step % stage.resume_every == 0 or stopping or step == total
             if due or step in plan.snapshot_steps or (config.eval_every and step % config.eval_every == 0):
                 flush()
@@ -198,13 +199,14 @@ def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool
                 last = time.perf_counter()
             if stopping and step < total:
                 manager.wait_until_finished()
+                hosts.barrier(f"the resume point of {stage.name} to be whole")
                 raise Interrupted(f"{stage.name}: stopped at step {step} of {total}; a resume point was written")
     milestone()
     for each in (checkpointer, manager):
         each.wait_until_finished()
         each.close()
     log.close()
-    return stop_requested()
+    return any(hosts.gather(f"the end of {stage.name}", stop_requested()))
 
 
 def not_finite(stage: Stage, step: int, values: dict[str, float], facts: Facts) -> str:
@@ -236,7 +238,10 @@ def finish(stage: Stage) -> None:
         "shape": plan.shape._asdict(),
         "data_counts": plan.train.counts,
     }
-    if jax.process_index() == 0:
+
+    def write() -> None:
         (folder / "done.json.part").write_text(json.dumps(summary, indent=1))
         os.replace(folder / "done.json.part", folder / "done.json")
         shutil.rmtree(folder / "resume")
+
+    hosts.by_first(f"{stage.name} to be marked as done", write)

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from vdjax import sharding
+from vdjax import hosts, sharding
 from vdjax.data import chat, packing, pipeline
 from vdjax.data.examples import Counts
 from vdjax.data.pipeline import Dataset
@@ -61,7 +60,7 @@ def from_function(name: str) -> Reward:
         hint = nearest(function_name, names)
         raise UserError(f"reward.function={name!r}: {where} has no function {function_name}{hint}")
 
-    def reward(responses: Responses) -> np.ndarray:
+    def scores_of(responses: Responses) -> list[float]:
         each = len(responses.texts) // len(responses.prompts)
         prompts = [prompt for prompt in responses.prompts for _ in range(each)]
         scores = list(function(prompts, list(responses.texts)))
@@ -70,11 +69,10 @@ def from_function(name: str) -> Reward:
         for text, score in zip(responses.texts, scores, strict=True):
             if not isinstance(score, int | float | np.number) or not math.isfinite(score):
                 raise UserError(f"reward.function={name!r} gave {score!r} for {text[:80]!r}; expected a finite number")
-        # A function may draw random numbers; all processes must go on with the same rewards.
-        every = np.array(scores, np.float64)
-        return multihost_utils.broadcast_one_to_all(every) if jax.process_count() > 1 else every
+        return [float(score) for score in scores]
 
-    return reward
+    # A function may draw random numbers, and all processes must go on with the same rewards.
+    return lambda responses: np.array(hosts.by_first(f"rewards by {name}", lambda: scores_of(responses)), np.float64)
 
 
 def _load_file(file: Path) -> Any:

@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vdjax import sharding, snapshots
+from vdjax import hosts, sharding, snapshots
 from vdjax.data import pipeline
 from vdjax.data.packing import Shape
 from vdjax.data.pipeline import Dataset
@@ -69,7 +68,7 @@ def reference(stage: Stage, data: Dataset) -> np.ndarray:
     shape = hashlib.sha256(repr(model.cfg).encode()).hexdigest()[:8]
     cache = stage.workdir / "data" / "reference"
     file = cache / f"{data.key}-{shape}-{snapshots.fingerprint(params)}-{dtype}-{model.compute_dtype}.npy"
-    if not file.exists():
+    if not hosts.by_first("a look for reference log-probs", file.exists):
         steps = pipeline.in_order(len(data), stage.config.batch_size)
         layout = pipeline.plan(data, steps, row_length=0, row_multiple=rows)
         score = jax.jit(make_score_step(loss_spec(model, stage.config, layout)))
@@ -79,19 +78,16 @@ def reference(stage: Stage, data: Dataset) -> np.ndarray:
             lambda batch: sharding.fetch(score(params, device_batch(batch, stage.mesh))),
             lambda batches, total: progress_over(batches, total, "reference log-probs"),
         )
-        write_once(file, values)
+        hosts.by_first("reference log-probs to be written", lambda: write_array(file, values))
     return np.load(file, mmap_mode="r")
 
 
-def write_once(file: Path, values: np.ndarray) -> None:
-    """The first process writes the array, and moves it into place when it is whole."""
+def write_array(file: Path, values: np.ndarray) -> None:
+    """Writes the array, and moves it into place when it is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        with open(file.with_suffix(".part"), "wb") as out:
-            np.save(out, values)
-        os.replace(file.with_suffix(".part"), file)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"reference {file.name}")
+    with open(file.with_suffix(".part"), "wb") as out:
+        np.save(out, values)
+    os.replace(file.with_suffix(".part"), file)
 
 
 def held_out_evaluation(

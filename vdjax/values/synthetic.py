@@ -20,6 +20,7 @@ import jax
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from vdjax import hosts
 from vdjax.data.examples import Counts
 from vdjax.data.parsers import SIDES
 from vdjax.errors import UserError, nearest
@@ -236,13 +237,8 @@ class _Kept:
     def __init__(self, file: Path | None, generator: Generator, judge: Judge) -> None:
         self.file, self.generator, self.verdicts = file, generator, judge
         self.known: dict[str, Any] = {}
-        if file is not None and file.exists():
-            # Without what comes after the last whole line: the process may have been stopped while it wrote.
-            content = file.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            self.known = dict(json.loads(line) for line in whole.splitlines())
-            if jax.process_index() == 0:
-                os.truncate(file, len(whole))
+        if file is not None:
+            self.known = hosts.by_first(f"a look into {file.name}", lambda: _whole_lines(file))
 
     def write(self, asked: Sequence[Asked]) -> list[Said]:
         names = [_hash("said", self.generator.hash, request) for request in asked]
@@ -260,9 +256,19 @@ class _Kept:
 
     def _add(self, new: dict[str, Any]) -> None:
         self.known |= new
-        if self.file is not None and jax.process_index() == 0:
+        if self.file is not None and hosts.index() == 0:
             with open(self.file, "a", encoding="utf-8") as out:
                 out.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in new.items())
+
+
+def _whole_lines(file: Path) -> dict[str, Any]:
+    """What is kept, without what comes after the last whole line: the process may have been stopped while it wrote."""
+    if not file.exists():
+        return {}
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    os.truncate(file, len(whole))
+    return dict(json.loads(line) for line in whole.splitlines())
 
 
 def _hash(*parts: Any) -> str:
