@@ -1,4 +1,8 @@
-"""How every command ends: a UserError is a message and status 2, never a traceback; all processes with one status."""
+"""How every command ends: a UserError is a message and never a traceback; where several processes run it, alike.
+
+Exit status: 0 done; 1 a bug; 2 a UserError; 75 (INTERRUPTED) stopped by a signal with everything saved; 76
+(`hosts.LOST`) another process is gone. After 75 and 76 the same command goes on.
+"""
 
 import sys
 import traceback
@@ -7,7 +11,7 @@ from collections.abc import Callable
 from vdjax import hosts
 from vdjax.errors import UserError
 
-INTERRUPTED = 75  # exit status: stopped by a signal with everything saved; the same command goes on
+INTERRUPTED = 75
 
 
 def run_cli(main: Callable[[], int | None]) -> None:

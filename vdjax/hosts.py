@@ -396,7 +396,8 @@ def leave() -> None:
         _status.append(0)
         if index() == 0:
             _client().key_value_set(NOTICE, FINISHED)
-        _threads[0].join(GRACE_S)
+        for thread in _threads[:1]:
+            thread.join(GRACE_S)
         jax.distributed.shutdown()
         ctypes.CDLL(None).signal(signal.SIGABRT, None)
         for thread in _threads:

@@ -33,8 +33,13 @@ def kept(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
 
 
+def apart(name: str) -> ocp.options.MultiprocessingOptions:
+    """So that processes which save snapshots and resume points at once do not meet at each other's barriers."""
+    return ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
+
+
 def saver() -> ocp.AsyncCheckpointer:
-    return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+    return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), multiprocessing_options=apart("snapshots"))
 
 
 def save(checkpointer: ocp.AsyncCheckpointer, folder: Path, step: int, params: Any) -> None:
@@ -68,7 +73,7 @@ def open_reader(snapshot: Path) -> Reader:
 
 def resume_manager(folder: Path) -> ocp.CheckpointManager:
     """Rolling resume points; the last two are kept."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, multiprocessing_options=apart("resume"))
     return ocp.CheckpointManager(folder.resolve(), options=options)
 
 
@@ -79,10 +84,11 @@ def save_resume(manager: ocp.CheckpointManager, step: int, state: Any, position:
 
 def restore_resume(manager: ocp.CheckpointManager, abstract_state: Any) -> tuple[Any, dict] | None:
     """The newest resume point, laid out as the shardings of `abstract_state` say; None if there is none."""
-    if manager.latest_step() is None:
+    newest = hosts.by_first("a look for resume points", manager.latest_step)
+    if newest is None:
         return None
     items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore())
-    out = manager.restore(manager.latest_step(), args=items)
+    out = manager.restore(newest, args=items)
     return out["state"], out["position"]
 
 

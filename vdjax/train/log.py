@@ -25,7 +25,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         seen.append(number)
         for other, handler in before.items():
             signal.signal(other, handler)
-        say("stopping after this step and writing a resume point; once more to stop at once")
+        tqdm.write("stopping after this step and writing a resume point; once more to stop at once", file=sys.stderr)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
