@@ -16,7 +16,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
