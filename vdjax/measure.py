@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -145,7 +146,7 @@ def parts_of(file: Path) -> Path:
 
 
 def drop_parts(file: Path) -> None:
-    if jax.process_index() == 0 and parts_of(file).exists():
+    if hosts.index() == 0 and parts_of(file).exists():
         shutil.rmtree(parts_of(file))
 
 
