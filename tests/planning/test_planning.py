@@ -151,7 +151,7 @@ def test_a_compiled_program_is_read_with_its_loops_multiplied_out() -> None:
     assert by_kind["reduce-scatter"] == hlo.Collective("reduce-scatter", ("fsdp",), 5, 5 * part * 3 / 4)
     assert by_kind["all-reduce"] == hlo.Collective("all-reduce", ("snapshot",), 1, 4)
     # The slice is read (with its 4-byte place) and written, then read by two gathers and a copy, whose results are 4, 4
-    # and 0 (fast memory) parts; the reduction writes a quarter of a part. The last all-reduce reads and writes a number.
+    # and 0 (fast memory) parts; the reduction writes a quarter of one. The last all-reduce reads and writes a number.
     assert found.hbm_bytes == 5 * (2 * part + 4 + 2 * 5 * part + part + part / 4) + 8
 
 
