@@ -27,6 +27,7 @@ from vdjax.data.examples import Example
 from vdjax.drift import gaps
 from vdjax.drift.scores import POOLED
 from vdjax.errors import UserError
+from vdjax.files import as_path
 from vdjax.judges import LABELS, Exchange, Judge
 from vdjax.probe import STAGE
 from vdjax.probes import sets
@@ -192,8 +193,8 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--data", metavar="PATH[,PATH]", help="files, directories, hub ids; each a data set of its own")
-    parser.add_argument("--run", type=Path, metavar="WORKDIR", help="of a run; of vdjax.probe with --data beside it")
-    parser.add_argument("--study", type=Path, metavar="WORKDIR", help="of a study: every run in it that has a report")
+    parser.add_argument("--run", type=as_path, metavar="WORKDIR", help="of a run; of vdjax.probe with --data beside it")
+    parser.add_argument("--study", type=as_path, metavar="WORKDIR", help="of a study: every run that has a report")
     parser.add_argument("--judge", required=True, help="directory or hub id of a model; or one of a config's judges")
     parser.add_argument("--config", default="", metavar="FILE.py[:ARG]", help="whose judges; default: the run's")
     parser.add_argument("--template", default="", help="of a model as judge (vdjax/judges/templates)")
@@ -202,7 +203,7 @@ def main() -> None:
     parser.add_argument("--probes", help="builtin or a probe file; default: the run's, or builtin")
     parser.add_argument("--topics", nargs="+", default=(), help="default: all")
     parser.add_argument("--max_per_topic", type=int, default=0, help="answers judged of each topic; default: all")
-    parser.add_argument("--workdir", type=Path, help="default: the run's")
+    parser.add_argument("--workdir", type=as_path, help="default: the run's")
     flags, overrides = parser.parse_known_args()
     targets = check_flags(flags)
     config = targets[0].config

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from vdjax.chat_endpoint import Endpoint, Request, body_of, check, cost, cost_bound, key_of, request_hash
 from vdjax.errors import UserError
+from vdjax.files import edited, in_bucket
 
 __all__ = [
     "Endpoint",
@@ -80,7 +81,7 @@ def ask(endpoint: Endpoint, requests: Sequence[Request], cache: Path, what: str 
     Calls that fail by the server's or the network's fault (429, 5xx, timeouts, lost connections, replies that are no
     JSON) are tried again `max_retries` times after 1, 2, 4 ... seconds and some jitter, or when the server's
     Retry-After says. Proxies and credentials of the environment are not used, redirects not followed. A second process
-    with the same cache waits for the first.
+    with the same cache waits for the first; but a cache in a bucket, where replies are put in the end, is for one.
 
     Raises:
       UserError: an endpoint that cannot be asked, refuses a request (its own message is given) or stays unavailable; a
@@ -92,7 +93,7 @@ def ask(endpoint: Endpoint, requests: Sequence[Request], cache: Path, what: str 
         known = _known(db, names)
         if len(known) < len(set(names)):
             key = key_of(endpoint)
-            with filelock.FileLock(f"{cache}.lock"):
+            with nullcontext() if in_bucket(cache) else filelock.FileLock(f"{cache}.lock"):
                 known = _known(db, names)
                 missing = {n: r for n, r in zip(names, requests, strict=True) if n not in known}
                 _ask_missing(_Line(endpoint, key, db), missing, what)
@@ -133,7 +134,10 @@ def spent(endpoint: Endpoint, cache: Path) -> Spent:
 def _open(cache: Path) -> Iterator[sqlite3.Connection]:
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(cache, timeout=60, isolation_level=None, check_same_thread=False)) as db:
+        with (
+            edited(cache) as file,
+            closing(sqlite3.connect(file, timeout=60, isolation_level=None, check_same_thread=False)) as db,
+        ):
             db.execute("CREATE TABLE IF NOT EXISTS replies (request TEXT PRIMARY KEY, reply TEXT NOT NULL)")
             db.execute("CREATE TABLE IF NOT EXISTS calls (id INTEGER PRIMARY KEY, account TEXT, usd REAL NOT NULL)")
             yield db

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from vdjax import runs, runtime, sharding, snapshots
 from vdjax.cli import run_cli
 from vdjax.errors import UserError
+from vdjax.files import absolute, as_path, filling, local_copy
 from vdjax.models import config as model_config
 from vdjax.models import hf, lora, peft
 from vdjax.models.functional import make_model, shardings, trained_part
@@ -30,18 +31,20 @@ def export(snapshot: Path, out: Path, dtype: str | None = None) -> None:
     """
     _, _, workdir = runs.locate(snapshot)
     opened = runs.open_snapshot(snapshot)
-    files, tok, stop_ids = workdir / "model", opened.made.tokenizer, opened.made.template.stop_ids
+    files, tok, stop_ids = local_copy(workdir / "model"), opened.made.tokenizer, opened.made.template.stop_ids
     hf_config, reward = opened.made.hf_config, "score" in opened.params
     if reward:
         hf_config = model_config.scoring(hf_config, padding_id(tok, stop_ids))
     dtype = dtype or opened.config.model.param_dtype
-    hf.save(opened.params, opened.model.cfg, out, hf_config=hf_config, dtype=dtype, metadata=metadata(snapshot))
-    copy_tokenizer(files, out)
-    if reward:
-        tok.pad_token = tok.convert_ids_to_tokens(hf_config["pad_token_id"])
-        tok.save_pretrained(out)
-    else:
-        shutil.copy(files / "generation_config.json", out)
+    hf.check_empty(out)
+    with filling(out, "config.json") as folder:
+        hf.save(opened.params, opened.model.cfg, folder, hf_config=hf_config, dtype=dtype, metadata=metadata(snapshot))
+        copy_tokenizer(files, folder)
+        if reward:
+            tok.pad_token = tok.convert_ids_to_tokens(hf_config["pad_token_id"])
+            tok.save_pretrained(folder)
+        else:
+            shutil.copy(files / "generation_config.json", folder)
 
 
 def export_adapters(snapshot: Path, out: Path) -> str:
@@ -68,9 +71,11 @@ def export_adapters(snapshot: Path, out: Path) -> str:
     )
     model = make_model(cfg, config.model, lora=adapters)
     layout = trained_part(model, shardings(model, sharding.make_mesh(fsdp=-1)))
-    params = hf.place(snapshots.open_reader(snapshot.resolve()), trained_part(model, model.params), layout)
-    peft.save(params, adapters, out, base=base, revision=revision, metadata=metadata(snapshot))
-    copy_tokenizer(workdir / "model", out)
+    params = hf.place(snapshots.open_reader(snapshot), trained_part(model, model.params), layout)
+    hf.check_empty(out)
+    with filling(out, peft.CONFIG_FILE) as folder:
+        peft.save(params, adapters, folder, base=base, revision=revision, metadata=metadata(snapshot))
+        copy_tokenizer(local_copy(workdir / "model"), folder)
     return about
 
 
@@ -78,14 +83,14 @@ def base_model(config: ConfigDict, name: str, workdir: Path, out: Path) -> tuple
     """Where peft finds the model that a stage's adapters lie beside, its revision, and what to say about it."""
     source = runs.parent(config, name)
     if source:
-        base = str(out.resolve()) + "-base"
+        base = str(absolute(out)) + "-base"
         last = workdir / source / "snapshots" / str(runs.done(workdir, source)["total_steps"])
         return base, None, f"its base is exported by: python -m vdjax.export --snapshot {last} --out {base}"
     path = config.model.path
     if not path:
         raise UserError(f"--adapters: the base of stage {name} was made from a seed and is no model; leave it out")
-    local = Path(path).expanduser()
-    base = str(local.resolve()) if local.is_dir() else path
+    local = as_path(path).expanduser()
+    base = str(absolute(local)) if local.is_dir() else path
     return base, config.model.revision or None, f"its base is {base}"
 
 
@@ -105,14 +110,14 @@ def copy_tokenizer(files: Path, out: Path) -> None:
 
 
 def metadata(snapshot: Path) -> dict[str, str]:
-    snapshot = snapshot.resolve()
+    snapshot = absolute(snapshot)
     return {"vdjax_snapshot": f"{snapshot.parents[1].name}/{snapshot.name}"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vdjax.export", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--snapshot", type=Path, required=True, metavar="DIR/STAGE/snapshots/STEP")
-    parser.add_argument("--out", type=Path, required=True, help="a directory that does not hold a model yet")
+    parser.add_argument("--snapshot", type=as_path, required=True, metavar="DIR/STAGE/snapshots/STEP")
+    parser.add_argument("--out", type=as_path, required=True, help="a directory that does not hold a model yet")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of training")
     parser.add_argument("--adapters", action="store_true", help="adapters alone, as a PEFT directory; default: merged")
     flags = parser.parse_args()

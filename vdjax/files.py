@@ -1,20 +1,237 @@
-"""Files of commands: rows of JSON in, whole files out."""
+"""Files of commands, on a disk or in a bucket: rows of JSON in, whole files out.
 
+Paths on a disk are pathlib's. Those in a bucket, gs://BUCKET/..., are etils', which have the same methods. What the two
+cannot do alike is done here and nowhere else: an object in a bucket appears whole or not at all, but it cannot be added
+to, mapped into memory or locked, and a folder is only a part of names, which cannot be renamed.
+"""
+
+import hashlib
+import importlib.util
+import io
 import json
 import os
+import shutil
+import tempfile
+import time
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import fsspec
+import pandas as pd
+from etils import epath
 
 from vdjax.errors import UserError
+
+UPLOAD_S = 60.0  # between two uploads of a file that grows
+
+# Several hosts write into a bucket, so what one of them has listed once may not be so any more.
+for _protocol in ("gs", "gcs"):
+    fsspec.config.conf.setdefault(_protocol, {})["use_listings_cache"] = False
+
+
+def as_path(text: str | os.PathLike[str]) -> Path:
+    """The path that a flag or config names: of a disk, or gs://BUCKET/... in Google Cloud Storage.
+
+    Raises:
+      UserError: another kind of URL, or a bucket without the package that reads buckets.
+    """
+    name = os.fspath(text)
+    scheme, is_url, _ = name.partition("://")
+    if not is_url:
+        return Path(name)
+    if scheme != "gs":
+        raise UserError(f"{name}: expected a path, or gs://BUCKET/... for a bucket")
+    if not importlib.util.find_spec("gcsfs"):
+        raise UserError(f"{name}: to read and write buckets: pip install 'vdjax[tpu]'")
+    return cast(Path, epath.Path(name))
+
+
+def in_bucket(path: Path) -> bool:
+    return str(path).startswith("gs://")
+
+
+def absolute(path: Path) -> Path:
+    return path if in_bucket(path) else path.resolve()
+
+
+def url(folder: Path) -> str:
+    """What tensorstore takes for a folder."""
+    return f"{folder}/" if in_bucket(folder) else f"file://{folder.resolve()}/"
+
+
+def is_folder(path: Path) -> bool:
+    """Whether files can be written there; in a bucket a folder need not be made."""
+    return in_bucket(path) or path.is_dir()
+
+
+def facts(file: Path) -> tuple[str, int, int]:
+    """What changes when a file is another: its name, size and time."""
+    about = file.stat()
+    if in_bucket(file):
+        return str(file), cast(Any, about).length, cast(Any, about).mtime
+    return str(file), about.st_size, about.st_mtime_ns
+
+
+def under(folder: Path) -> Iterator[Path]:
+    """All files of a folder and of the folders in it."""
+    if not in_bucket(folder):
+        yield from (path for path in folder.rglob("*") if path.is_file())
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from under(path)
+        else:
+            yield path
+
+
+# Writing
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
     """Writes a file next to its place, under a name of this process's own, and moves it there."""
+    data = content.encode() if isinstance(content, str) else content
+    if in_bucket(file):
+        file.write_bytes(data)
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    part.write_bytes(data)
     os.replace(part, file)
+
+
+def append(file: Path, text: str) -> None:
+    """Adds to a file; one in a bucket is written anew."""
+    if in_bucket(file):
+        file.write_bytes((file.read_bytes() if file.exists() else b"") + text.encode())
+        return
+    with file.open("a", encoding="utf-8") as out:
+        out.write(text)
+
+
+class Growing:
+    """A binary file that is written from its beginning and read by others meanwhile.
+
+    In a bucket it is written anew UPLOAD_S seconds after the last time, at `sync` and at `close`.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.uploads = file, in_bucket(file)
+        self.out: Any = io.BytesIO() if self.uploads else file.open("wb")
+        self.next_upload = time.monotonic() + UPLOAD_S
+
+    def write(self, data: bytes) -> None:
+        self.out.write(data)
+
+    def flush(self) -> None:
+        self.out.flush()
+        if self.uploads and time.monotonic() > self.next_upload:
+            self.sync()
+
+    def sync(self) -> None:
+        """Nothing that was written is lost from here on, whatever becomes of this machine."""
+        self.out.flush()
+        if self.uploads:
+            self.file.write_bytes(self.out.getvalue())
+            self.next_upload = time.monotonic() + UPLOAD_S
+
+    def close(self) -> None:
+        self.sync()
+        self.out.close()
+
+
+@contextmanager
+def filling(folder: Path, last: str) -> Iterator[Path]:
+    """A folder on a disk to write files in; those of a bucket are uploaded in the end, `last` after the others.
+
+    Args:
+      last: the file that says that the others are there.
+    """
+    if not in_bucket(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="vdjax-") as scratch:
+        yield Path(scratch)
+        written = sorted(under(Path(scratch)), key=lambda file: file.name == last)
+        for file in written:
+            _transfer(file, folder / str(file.relative_to(scratch)))
+
+
+@contextmanager
+def making(folder: Path, last: str) -> Iterator[Path]:
+    """Like `filling`, of a folder that appears as a whole; on a disk under its name only when it is."""
+    if in_bucket(folder):
+        with filling(folder, last) as scratch:
+            yield scratch
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield part
+        part.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process was first, with the same content
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def edited(file: Path) -> Iterator[Path]:
+    """The file where it can be changed in place; what was changed is in the bucket only afterwards."""
+    if not in_bucket(file):
+        yield file
+        return
+    with tempfile.TemporaryDirectory(prefix="vdjax-") as scratch:
+        copy = Path(scratch) / file.name
+        if file.exists():
+            _transfer(file, copy)
+        before = copy.read_bytes() if copy.exists() else b""
+        try:
+            yield copy
+        finally:
+            if copy.exists() and copy.read_bytes() != before:
+                _transfer(copy, file)
+
+
+def remove_tree(folder: Path) -> None:
+    if in_bucket(folder):
+        cast(Any, folder).rmtree()
+    else:
+        shutil.rmtree(folder)
+
+
+# Reading
+
+
+def local_copy(path: Path) -> Path:
+    """A file or folder as it is on a disk: itself, or what was fetched of it, which is kept for the next time."""
+    if not in_bucket(path):
+        return path
+    found = sorted(under(path)) if path.is_dir() else [path]
+    key = hashlib.sha256(repr((str(path), [facts(file) for file in found])).encode()).hexdigest()[:16]
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vdjax" / key / path.name
+    if not kept.exists():
+        with making(kept.parent, "") as part:
+            for file in found:
+                copy = part / path.name / str(file.relative_to(path)) if path != file else part / path.name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                _transfer(file, copy)
+                os.utime(copy, (facts(file)[2],) * 2)
+    return kept
+
+
+def read_table(file: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """A Parquet file."""
+    with file.open("rb") as content:
+        return pd.read_parquet(content, columns=columns)
+
+
+def _transfer(source: Path, target: Path) -> None:
+    with source.open("rb") as content, target.open("wb") as out:
+        shutil.copyfileobj(content, out, 16 * 2**20)
 
 
 def json_objects(

@@ -13,6 +13,7 @@ from vdjax import config as configs
 from vdjax import measure, runs
 from vdjax.drift import report
 from vdjax.drift.evidence import Evidence
+from vdjax.files import as_path, read_table
 from vdjax.judges import Judge
 from vdjax.judges.prompts import read_template
 from vdjax.models import config as model_config
@@ -91,7 +92,7 @@ def evidence(
     files = {name: workdir / "audit" / f"{name}.csv" for name in AUDIT_TABLES}
     audit = {name: pd.read_csv(file) for name, file in files.items() if file.exists()}
     if (hits := workdir / "audit" / "hits.parquet").exists():
-        audit["hits"] = pd.read_parquet(hits)
+        audit["hits"] = read_table(hits)
     file = workdir / "drift" / "reseeded.csv"
     reseeded = pd.read_csv(file) if file.exists() else None
     always: dict[str, Any] = {"reseeded": reseeded, "variants": asked.variants, "audit": audit}
@@ -106,7 +107,7 @@ def evidence(
 def judge_facts(config: ConfigDict, judge: Judge) -> dict[str, Any]:
     fields = config.judges[judge.name]
     shown = {name: fields[name] for name in ("kind", "path", "template", "model") if fields.get(name)}
-    quality = json.loads(Path(fields.quality).read_text()) if fields.quality else None
+    quality = json.loads(as_path(fields.quality).read_text()) if fields.quality else None
     if quality and quality["judge_hash"] != judge.hash:
         say(f"{judge.name}: {fields.quality} is about another judge, so it is not shown")
         quality = None

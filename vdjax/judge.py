@@ -29,7 +29,7 @@ from vdjax.cli import run_cli
 from vdjax.data import stances
 from vdjax.data.examples import Counts
 from vdjax.errors import UserError
-from vdjax.files import json_objects, write_whole
+from vdjax.files import as_path, filling, is_folder, json_objects, read_table, write_whole
 from vdjax.judges import LABELS, Exchange, Judge, human
 from vdjax.judges.open import judge_of_flags, open_judge
 from vdjax.probes import score_table, sets
@@ -93,7 +93,7 @@ def write_run_sheet(workdir: Path, file: Path, n: int, seed: int) -> None:
     if not said:
         raise UserError(f"--run {workdir}: has no responses; give its config the readout open_ended")
     probes = json.loads((workdir / "config.json").read_text())["config"]["probes"]["path"]
-    table = pd.concat([pd.read_parquet(one) for one in said], ignore_index=True)
+    table = pd.concat([read_table(one) for one in said], ignore_index=True)
     exchanges, _ = score_table.exchanges(table, sets.load(probes))
     rows = human.write_sheet(exchanges, file, n or len(exchanges), seed)
     say(f"wrote {file}: {rows} responses to label with one of {', '.join(LABELS)}")
@@ -109,15 +109,15 @@ def main() -> None:
     parser.add_argument("--judge", help="a directory, hub id or snapshot; or a judge of --config")
     parser.add_argument("--config", default="", metavar="FILE.py[:ARG]", help="a config with that judge, of any kind")
     parser.add_argument("--template", default="", help="stance-v1 (default), trained-v1 or a .toml file")
-    parser.add_argument("--rows", type=Path, metavar="FILE.jsonl")
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--rows", type=as_path, metavar="FILE.jsonl")
+    parser.add_argument("--out", type=as_path, metavar="FILE.jsonl")
     parser.add_argument("--labelled", nargs="+", metavar="PATH")
     parser.add_argument("--topics", nargs="+", default=[], help="of --labelled; default: all")
     parser.add_argument("--max_examples", type=int, default=0, help="of --labelled or --sheet; default 0: all")
     parser.add_argument("--seed", type=int, default=0, help="of exchanges made of statements; of the draw for --sheet")
-    parser.add_argument("--workdir", type=Path, help="of --labelled")
-    parser.add_argument("--run", type=Path, metavar="WORKDIR", help="of --sheet")
-    parser.add_argument("--sheet", type=Path, metavar="FILE.csv")
+    parser.add_argument("--workdir", type=as_path, help="of --labelled")
+    parser.add_argument("--run", type=as_path, metavar="WORKDIR", help="of --sheet")
+    parser.add_argument("--sheet", type=as_path, metavar="FILE.csv")
     flags, overrides = parser.parse_known_args()
     if (flags.rows is None) != (flags.out is None):
         raise UserError("--rows and --out go together")
@@ -129,7 +129,7 @@ def main() -> None:
         raise UserError("give either --rows and --out, or --labelled and --workdir, or --run and --sheet")
     if (flags.judge is None) != (flags.sheet is not None):
         raise UserError("--judge is missing" if flags.judge is None else "--sheet is for people: leave out --judge")
-    if flags.out and not flags.out.parent.is_dir():
+    if flags.out and not is_folder(flags.out.parent):
         raise UserError(f"--out {flags.out}: no such directory: {flags.out.parent}")
     if flags.max_examples < 0 or flags.seed < 0:
         raise UserError("--max_examples and --seed: expected at least 0")
@@ -155,7 +155,8 @@ def main() -> None:
         return judge_rows(judge, flags.rows, flags.out)
     from vdjax.judges import quality
 
-    quality.measure(judge, items, flags.workdir)
+    with filling(flags.workdir, "quality.json") as folder:
+        quality.measure(judge, items, folder)
     say(f"wrote {flags.workdir}")
 
 
@@ -163,7 +164,8 @@ def labelled_files(paths: list[str]) -> list[str] | str:
     """One path as it is (a file, folder or hub id); of several, folders stand for their .jsonl files."""
     if len(paths) == 1:
         return paths[0]
-    return [str(f) for p in paths for f in (sorted(Path(p).glob("*.jsonl")) if Path(p).is_dir() else [p])]
+    folders = {path: as_path(path) for path in paths if as_path(path).is_dir()}
+    return [str(f) for p in paths for f in (sorted(folders[p].glob("*.jsonl")) if p in folders else [p])]
 
 
 if __name__ == "__main__":

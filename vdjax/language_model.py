@@ -1,7 +1,6 @@
 """A language model ready to be used, from wherever its parameters lie."""
 
 import hashlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ from vdjax import config as configs
 from vdjax import runs, snapshots
 from vdjax.data import chat
 from vdjax.errors import UserError
+from vdjax.files import absolute, as_path
 from vdjax.models.functional import Model
 from vdjax.setup import initial_params, setup
 
@@ -48,11 +48,11 @@ def open_model(name: str, chat_template: str, overrides: list[str]) -> LanguageM
     config = configs.experiment()
     for flag in overrides:
         configs.override(config, flag)
-    if Path(name).resolve().parent.name == "snapshots":
+    if absolute(as_path(name)).parent.name == "snapshots":
         free = ("--config.mesh.", "--config.tokenizer.template_options.")
         if other := [flag for flag in overrides if not flag.startswith(free)]:
             raise UserError(f"{other[0]}: a snapshot has its own config; only --config.mesh can be chosen")
-        found = runs.open_snapshot(Path(name), config.mesh.to_dict())
+        found = runs.open_snapshot(as_path(name), config.mesh.to_dict())
         if runs.stage_head(found.config, found.stage) != "vocab":
             raise UserError(f"--model {name}: the stage {found.stage} trains a reward model, which says nothing")
         made, model, params = found.made, found.model, found.params

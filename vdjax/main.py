@@ -3,18 +3,18 @@
 import argparse
 import shlex
 import sys
-from pathlib import Path
 
 from vdjax import cluster, hosts, runtime
 from vdjax import config as configs
 from vdjax.cli import INTERRUPTED, run_cli
 from vdjax.errors import UserError
+from vdjax.files import as_path
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m vdjax.main", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a file with get_config()")
-    parser.add_argument("--workdir", type=Path, help="where everything is written; the same one goes on")
+    parser.add_argument("--workdir", type=as_path, help="where everything is written; the same one goes on")
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, and do not train")
     cluster.add_flags(parser)
     flags, overrides = parser.parse_known_args()

@@ -14,7 +14,7 @@ from vdjax import check_config, cluster, hosts, runtime
 from vdjax import config as configs
 from vdjax.cli import run_cli
 from vdjax.errors import UserError
-from vdjax.files import write_whole
+from vdjax.files import as_path, write_whole
 
 STAGE = "models"
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", required=True, help="directories or hub ids, in the order of training")
     parser.add_argument("--config", metavar="FILE.py[:ARG]", help="a config whose probes and judges are used")
     parser.add_argument("--probes", help="a probe file; default: the config's, or the built-in set")
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", type=as_path, required=True)
     cluster.add_flags(parser)
     flags, overrides = parser.parse_known_args()
     runtime.start(flags)  # first, so that what is wrong on one host ends the processes of all

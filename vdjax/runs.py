@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from vdjax import __version__, hosts, snapshots
 from vdjax import config as configs
 from vdjax.errors import UserError
-from vdjax.files import write_whole
+from vdjax.files import absolute, filling, write_whole
 from vdjax.models import hf, lora
 from vdjax.models.functional import Model, frozen_part, make_model, shardings
 from vdjax.objectives import OBJECTIVES
@@ -106,7 +106,7 @@ def open_snapshot(snapshot: Path, mesh: Mapping[str, int] = MappingProxyType({"f
     own.model.path, own.tokenizer.path, own.tokenizer.chat_template = str(workdir / "model"), "", "auto"
     made = setup(own)
     with jax.set_mesh(made.mesh):
-        params = snapshot_params(config, name, int(snapshot.resolve().name), made, workdir)
+        params = snapshot_params(config, name, int(absolute(snapshot).name), made, workdir)
     merged = make_model(made.model.cfg, config.model, head=stage_head(config, name))
     return Opened(config, name, made, merged, params)
 
@@ -117,8 +117,8 @@ def locate(snapshot: Path) -> tuple[ConfigDict, str, Path]:
     Raises:
       UserError: not a snapshot of a vdjax workdir.
     """
-    snapshot = snapshot.resolve()
-    file = Path(*snapshot.parts[:-3], "config.json")
+    snapshot = absolute(snapshot)
+    file = snapshot.parent.parent.parent / "config.json"
     if snapshot.parent.name != "snapshots" or not file.exists():
         raise UserError(f"{snapshot}: expected WORKDIR/STAGE/snapshots/STEP")
     snapshots.open_reader(snapshot)
@@ -167,12 +167,12 @@ def write_model_files(made: Setup, folder: Path) -> None:
 def _write_model_files(made: Setup, folder: Path) -> None:
     if (folder / "config.json").exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
     made.tokenizer.chat_template = made.template.text
-    made.tokenizer.save_pretrained(folder)
     # The stop ids of the template that the model is trained with, which may end turns otherwise than its base did.
     source = made.directory / "generation_config.json" if made.directory else None
     generation = json.loads(source.read_text()) if source and source.exists() else {}
     generation["eos_token_id"] = list(made.template.stop_ids)
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
-    (folder / "config.json").write_text(json.dumps(made.hf_config, indent=2))
+    with filling(folder, "config.json") as out:
+        made.tokenizer.save_pretrained(out)
+        (out / "generation_config.json").write_text(json.dumps(generation, indent=2))
+        (out / "config.json").write_text(json.dumps(made.hf_config, indent=2))

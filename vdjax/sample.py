@@ -19,7 +19,7 @@ from vdjax.cli import run_cli
 from vdjax.data import chat
 from vdjax.data.examples import Dropped, Message
 from vdjax.errors import UserError, nearest
-from vdjax.files import json_objects, write_whole
+from vdjax.files import as_path, is_folder, json_objects, write_whole
 from vdjax.language_model import LanguageModel, open_model
 from vdjax.progress import progress_over, say
 from vdjax.sampling import Sampling, generate
@@ -160,8 +160,8 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="a directory, hub id or snapshot")
-    parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl")
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--prompts", type=as_path, metavar="FILE.jsonl")
+    parser.add_argument("--out", type=as_path, metavar="FILE.jsonl")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token; default 1")
     parser.add_argument("--top_p", type=float, default=1.0, help="share of probability to sample from; default 1: all")
     parser.add_argument("--top_k", type=int, default=0, help="most likely tokens to sample from; default 0: all")
@@ -171,7 +171,7 @@ def main() -> None:
     flags, overrides = parser.parse_known_args()
     if (flags.prompts is None) != (flags.out is None):
         raise UserError("--prompts and --out go together; without both, the model talks in the terminal")
-    if flags.out and not flags.out.parent.is_dir():
+    if flags.out and not is_folder(flags.out.parent):
         raise UserError(f"--out {flags.out}: no such directory: {flags.out.parent}")
     if not 0 <= flags.seed < 2**32:
         raise UserError(f"--seed {flags.seed}: expected at least 0 and below 2^32")

@@ -13,6 +13,9 @@ import tensorstore as ts
 
 from vdjax import hosts
 from vdjax.errors import UserError
+from vdjax.files import absolute, in_bucket, url
+
+COMMITTED = "commit_success.txt"  # Orbax's mark of a whole snapshot
 
 Reader = Callable[[tuple[str, ...], tuple[slice, ...]], np.ndarray]
 
@@ -29,8 +32,12 @@ def schedule(total_steps: int, *, log_spaced: int, every: int) -> list[int]:
 
 
 def kept(folder: Path) -> list[int]:
-    """Steps of the snapshots in `folder` that are whole (Orbax renames a snapshot into place when it is)."""
-    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.is_dir() else []
+    """Steps of the snapshots in `folder` that are whole.
+
+    Orbax renames a snapshot into place when it is; in a bucket, where that cannot be done, it leaves a mark in it.
+    """
+    found = [p for p in folder.glob("*") if p.name.isdigit()] if folder.is_dir() else []
+    return sorted(int(p.name) for p in found if not in_bucket(p) or (p / COMMITTED).exists())
 
 
 def apart(name: str) -> ocp.options.MultiprocessingOptions:
@@ -45,7 +52,8 @@ def saver() -> ocp.AsyncCheckpointer:
 def save(checkpointer: ocp.AsyncCheckpointer, folder: Path, step: int, params: Any) -> None:
     """Starts to write a snapshot; one that is there is left alone, since the same step gives the same values."""
     if not hosts.by_first("a look for a snapshot", lambda: step in kept(folder)):
-        checkpointer.save(folder.resolve() / str(step), args=ocp.args.StandardSave(params))
+        # Over what an interruption left of it in a bucket.
+        checkpointer.save(absolute(folder) / str(step), args=ocp.args.StandardSave(params), force=True)
 
 
 def open_reader(snapshot: Path) -> Reader:
@@ -61,7 +69,7 @@ def open_reader(snapshot: Path) -> Reader:
 
     def read(path: tuple[str, ...], index: tuple[slice, ...]) -> np.ndarray:
         if path not in stores:
-            kvstore = {"driver": "ocdbt", "base": f"file://{snapshot.resolve()}/", "path": ".".join(path) + "/"}
+            kvstore = {"driver": "ocdbt", "base": url(snapshot), "path": ".".join(path) + "/"}
             try:
                 stores[path] = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
             except ValueError as error:
@@ -74,7 +82,7 @@ def open_reader(snapshot: Path) -> Reader:
 def resume_manager(folder: Path) -> ocp.CheckpointManager:
     """Rolling resume points; the last two are kept."""
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, multiprocessing_options=apart("resume"))
-    return ocp.CheckpointManager(folder.resolve(), options=options)
+    return ocp.CheckpointManager(absolute(folder), options=options)
 
 
 def save_resume(manager: ocp.CheckpointManager, step: int, state: Any, position: dict) -> None:

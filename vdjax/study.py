@@ -25,7 +25,7 @@ from vdjax import config as configs
 from vdjax.cli import INTERRUPTED, run_cli
 from vdjax.drift import noise
 from vdjax.errors import UserError
-from vdjax.files import write_whole
+from vdjax.files import as_path, in_bucket, write_whole
 from vdjax.progress import say
 from vdjax.studies import grid, merge
 from vdjax.train.loop import Interrupted
@@ -37,7 +37,7 @@ def main() -> int:
         prog="python -m vdjax.study", description=summary, epilog=details, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="a study: a file with get_config()")
-    parser.add_argument("--workdir", type=Path, required=True, help="where everything is written; the same one goes on")
+    parser.add_argument("--workdir", type=as_path, required=True, help="where all is written; the same one goes on")
     parser.add_argument("--list", action="store_true", help="say what there is to do, and the command for each part")
     parser.add_argument("--shard", metavar="i/n", default="0/1", help="only experiments number i, i + n, ... from 0 on")
     parser.add_argument("--report", action="store_true", help="only write the reports again, of what is finished")
@@ -130,6 +130,11 @@ def run_all(todo: Mapping[str, ConfigDict], workdir: Path, commands: Mapping[str
     """Runs experiments one after the other, each in WORKDIR/NAME; leaves alone what is done or runs elsewhere."""
     if any(judge.kind == "api" for config in todo.values() for judge in config.judges.values()):
         # One for all: what one experiment has paid for another need not, and a judge's budget is the study's.
+        if in_bucket(workdir):
+            raise UserError(
+                f"{workdir}: judges behind an API share one database of replies and costs in a study, which cannot lie "
+                "in a bucket; give a --workdir on a disk, or other judges"
+            )
         (workdir / "judgements" / "calls").mkdir(parents=True, exist_ok=True)
     for number, (name, config) in enumerate(todo.items(), start=1):
         folder = workdir / name
@@ -206,10 +211,15 @@ def config_hash(config: ConfigDict) -> str:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[bool]:
-    """Whether this process (of several hosts: the first) holds the experiment's lock, which is freed when it dies."""
+    """Whether this process (of several hosts: the first) holds the experiment's lock, which is freed when it dies.
+
+    A bucket has no locks: there every process holds it, and the user sees to it that shards differ.
+    """
     files: list[int] = []
 
     def lock() -> bool:
+        if in_bucket(folder):
+            return True
         folder.mkdir(parents=True, exist_ok=True)
         files.append(os.open(folder / "lock", os.O_RDWR | os.O_CREAT))
         try:

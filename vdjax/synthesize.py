@@ -30,7 +30,7 @@ from vdjax.cli import run_cli
 from vdjax.data import chat
 from vdjax.data.examples import Dropped, Message
 from vdjax.errors import UserError
-from vdjax.files import write_whole
+from vdjax.files import as_path, is_folder, write_whole
 from vdjax.judges import LABELS, Exchange, Judge, Verdicts
 from vdjax.judges.open import check_judge, judge_of_flags, open_judge
 from vdjax.language_model import LanguageModel, identity, open_model
@@ -135,9 +135,9 @@ def main() -> None:
     parser.add_argument("--judge", required=True, help="a directory, hub id or snapshot; or a judge of --config")
     parser.add_argument("--config", default="", metavar="FILE.py[:ARG]", help="a config with that judge, of any kind")
     parser.add_argument("--template", default="", help="of a model as judge; default: stance-v1")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--out", type=as_path, required=True, metavar="FILE.jsonl")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="lines of prompt, topic, proposition")
+    what.add_argument("--prompts", type=as_path, metavar="FILE.jsonl", help="lines of prompt, topic, proposition")
     what.add_argument("--probes", default="builtin", help="a file whose questions are answered; default: builtin")
     parser.add_argument("--topics", nargs="+", default=(), help="default: all")
     parser.add_argument("--max_per_topic", type=int, default=0, help="default: all")
@@ -192,7 +192,7 @@ def check_flags(flags: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(flags, name)}: expected at least {least}")
     if not 0 <= flags.seed < 2**32:
         raise UserError(f"--seed {flags.seed}: expected at least 0 and below 2^32")
-    if not flags.out.parent.is_dir():
+    if not is_folder(flags.out.parent):
         raise UserError(f"--out {flags.out}: no such directory: {flags.out.parent}")
 
 

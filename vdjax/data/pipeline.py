@@ -3,8 +3,6 @@
 import hashlib
 import itertools
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +19,7 @@ from vdjax.data.chat import Rendered, Template
 from vdjax.data.examples import Example, normal, user_turns
 from vdjax.data.sources import Counts
 from vdjax.errors import UserError
+from vdjax.files import facts, local_copy, making
 
 
 class Dataset(NamedTuple):
@@ -106,7 +105,7 @@ def build(stage: ConfigDict, kind: str, tokenizer: Any, template: Template, cach
         # Without the parts of data that have none: a tuple, or in a config that was written and read again a list.
         "data": {k: v for k, v in stage.data.to_dict().items() if k != "order" and v not in ((), [])},
         "files": [
-            (str(p), p.stat().st_size, p.stat().st_mtime_ns)
+            facts(p)
             for source in specs(stage, kind)
             for p in readers.local_files(source["path"], source.get("split"))
         ],
@@ -120,7 +119,7 @@ def build(stage: ConfigDict, kind: str, tokenizer: Any, template: Template, cach
     folder, name = cache / key, ", ".join(str(spec["path"]) for spec in specs(stage, kind))
 
     def render() -> None:
-        if not folder.exists():
+        if not (folder / "meta.json").exists():
             _write(_render_all(stage, kind, tokenizer, template, seed), key, folder)
 
     hosts.agree(f"what the data of {name} depend on", parts)
@@ -250,27 +249,23 @@ def with_mismatched(examples: list[Example]) -> list[Example]:
 
 
 def _write(content: Content, key: str, folder: Path) -> None:
-    """Fills a folder of its own and moves it into place, so that a folder under that name is always whole."""
+    """Writes a folder that is always whole where it has a meta.json."""
     rendered, examples, questions, counts = content
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key}-"))
-    np.save(part / "tokens.npy", np.concatenate([r.tokens for r in rendered], dtype=np.int32))
-    np.save(part / "loss_mask.npy", np.concatenate([r.loss_mask for r in rendered], dtype=bool))
-    np.save(part / "branches.npy", np.concatenate([r.branches for r in rendered], dtype=np.int8))
-    np.save(part / "offsets.npy", np.cumsum([0] + [len(r.tokens) for r in rendered]).astype(np.int64))
-    np.save(part / "labels.npy", np.array([e.label for e in examples], np.float32))
-    flat = [(i, question) for i, asked in enumerate(questions) for question in asked]
-    np.save(part / "questions.npy", np.array(flat, np.int64).reshape(-1, 2))
-    prompts = [e.prompt for e in examples] if any(e.prompt for e in examples) else []
-    meta = {"key": key, "ids": [e.id for e in examples], "prompts": prompts, "counts": counts}
-    (part / "meta.json").write_text(json.dumps(meta))
-    try:
-        part.rename(folder)
-    except OSError:  # another process was first, with the same content
-        shutil.rmtree(part)
+    with making(folder, "meta.json") as part:
+        np.save(part / "tokens.npy", np.concatenate([r.tokens for r in rendered], dtype=np.int32))
+        np.save(part / "loss_mask.npy", np.concatenate([r.loss_mask for r in rendered], dtype=bool))
+        np.save(part / "branches.npy", np.concatenate([r.branches for r in rendered], dtype=np.int8))
+        np.save(part / "offsets.npy", np.cumsum([0] + [len(r.tokens) for r in rendered]).astype(np.int64))
+        np.save(part / "labels.npy", np.array([e.label for e in examples], np.float32))
+        flat = [(i, question) for i, asked in enumerate(questions) for question in asked]
+        np.save(part / "questions.npy", np.array(flat, np.int64).reshape(-1, 2))
+        prompts = [e.prompt for e in examples] if any(e.prompt for e in examples) else []
+        meta = {"key": key, "ids": [e.id for e in examples], "prompts": prompts, "counts": counts}
+        (part / "meta.json").write_text(json.dumps(meta))
 
 
 def _read(folder: Path) -> Dataset:
+    folder = local_copy(folder)
     meta = json.loads((folder / "meta.json").read_text())
 
     def array(name: str) -> np.ndarray:

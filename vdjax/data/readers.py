@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO, cast
 
 from vdjax.errors import UserError, nearest
+from vdjax.files import as_path, local_copy, under
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".jsonl.gz", ".json.gz", ".txt.gz")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -60,10 +61,10 @@ def _local_files(path: str | Sequence[str], split: str | None) -> list[tuple[Pat
     if len(paths) != 1:
         if not paths:
             raise UserError("data: path is an empty list, expected at least one file")
-        files = [_existing(Path(p).expanduser()) for p in paths]
+        files = [_existing(as_path(p).expanduser()) for p in paths]
         labels = [f.name for f in files] if len({f.name for f in files}) == len(files) else paths
         return list(zip(files, labels, strict=True))
-    local = Path(paths[0]).expanduser()
+    local = as_path(paths[0]).expanduser()
     if local.is_dir():
         return _directory_files(local, split)
     if not local.exists() and HUB_ID.fullmatch(paths[0]) and not paths[0].endswith(SUFFIXES):
@@ -85,7 +86,7 @@ def _existing(file: Path) -> Path:
 
 
 def _directory_files(directory: Path, split: str | None) -> list[tuple[Path, str]]:
-    files = sorted(f for f in directory.rglob("*") if f.is_file() and f.name.endswith(SUFFIXES))
+    files = sorted(f for f in under(directory) if f.name.endswith(SUFFIXES))
     splits = {f: re.split(r"[-.]", f.name)[0] for f in files}
     if split:
         files = [f for f in files if splits[f] == split]
@@ -121,7 +122,7 @@ def _file_rows(file: Path, label: str) -> Iterator[Row]:
             yield from _parquet_rows(file, label)
             return
         opener = gzip.open if file.name.endswith(".gz") else open
-        with cast(TextIO, opener(file, "rt", encoding="utf-8-sig")) as stream:
+        with cast(TextIO, opener(local_copy(file), "rt", encoding="utf-8-sig")) as stream:
             if kind == "txt":
                 yield from _text_rows(stream, label)
             elif kind == "json":
@@ -139,7 +140,7 @@ def _parquet_rows(file: Path, label: str) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=512)
+        batches = pyarrow.parquet.ParquetFile(local_copy(file)).iter_batches(batch_size=512)
         index = 0
         for batch in batches:
             for data in batch.to_pylist():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from vdjax.data.examples import Dropped, Message
 from vdjax.data.tokenizer import byte_characters
 from vdjax.errors import UserError, nearest
+from vdjax.files import as_path
 
 if TYPE_CHECKING:
     import tokenizers
@@ -88,9 +89,9 @@ def pick_template(
         name = "plain" if name == "auto" else name
         text = _vdjax_template(name, tokenizer, bos_ids)
     elif name.endswith(".jinja"):
-        if not Path(name).is_file():
+        if not as_path(name).is_file():
             raise UserError(f"template: no such file: {name}")
-        text = Path(name).read_text(encoding="utf-8")
+        text = as_path(name).read_text(encoding="utf-8")
     else:
         raise UserError(f"template: {name!r} is no name and no .jinja file{nearest(name, ('auto', *TEMPLATES))}")
     text = _without_clock(text, name)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vdjax.errors import UserError
+from vdjax.files import as_path, local_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,9 +34,8 @@ def load(path_or_id: str | Path, revision: str | None = None) -> PreTrainedToken
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    directory = Path(path_or_id).expanduser()
-    if not directory.is_dir():
-        directory = _download(str(path_or_id), revision)
+    directory = as_path(path_or_id).expanduser()
+    directory = local_copy(directory) if directory.is_dir() else _download(str(path_or_id), revision)
     try:
         if (directory / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(str(directory))

@@ -8,6 +8,7 @@ same directory held from that step on, so a run that goes on after an interrupti
 directory a stage for training curves.
 """
 
+import io
 import os
 import struct
 import time
@@ -20,12 +21,19 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from vdjax.files import Growing, write_whole
+
 
 class Writer(NamedTuple):
     """An open event file. Close it with `close`."""
 
     records: RecordWriter
-    path: Path
+    file: Growing | io.BytesIO
+
+    def sync(self) -> None:
+        """What was written is in the bucket, if the file is."""
+        if isinstance(self.file, Growing):
+            self.file.sync()
 
     def close(self) -> None:
         self.records.close()
@@ -34,7 +42,7 @@ class Writer(NamedTuple):
 def open_writer(directory: Path, start_step: int = 0) -> Writer:
     """A new event file in `directory`; what the directory's older files hold from `start_step` on is void."""
     directory.mkdir(parents=True, exist_ok=True)
-    return _open(directory / _file_name(), start_step)
+    return _open(Growing(directory / _file_name()), start_step)
 
 
 def scalars(writer: Writer, step: int, values: Mapping[str, float]) -> None:
@@ -64,7 +72,8 @@ def write_drift(
     directory.mkdir(parents=True, exist_ok=True)
     old = [p for p in directory.iterdir() if "tfevents" in p.name]
     final = directory / _file_name()
-    writer = _open(directory / "partial", 0)  # TensorBoard reads only files with tfevents in their names
+    content = io.BytesIO()
+    writer = _open(content, 0)
     groups = stances.dropna(subset="value").groupby(["readout", "stage", "topic", "stance"], sort=False)
     for (readout, stage, topic, stance), rows in groups:
         rows = rows.sort_values("step")
@@ -76,8 +85,7 @@ def write_drift(
         tag = f"{row['readout']}/{row['stage']}/magnitude/{row['topic']}/{row['stance']}"
         scalars(writer, int(row["to_step"]), {tag: row["magnitude"]})
     images(writer, max(last_steps.values(), default=0), {f"figures/{name}": png for name, png in pngs.items()})
-    writer.close()
-    os.replace(writer.path, final)
+    write_whole(final, content.getvalue())
     for path in old:
         path.unlink(missing_ok=True)
 
@@ -87,8 +95,8 @@ def _file_name() -> str:
     return f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
 
 
-def _open(path: Path, start_step: int) -> Writer:
-    writer = Writer(RecordWriter(path.open("wb")), path)
+def _open(file: Growing | io.BytesIO, start_step: int) -> Writer:
+    writer = Writer(RecordWriter(file), file)
     _record(writer, Event(wall_time=time.time(), file_version="brain.Event:2"))
     start = SessionLog(status=SessionLog.START)
     _record(writer, Event(wall_time=time.time(), step=start_step, session_log=start))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vdjax.errors import UserError, nearest
+from vdjax.files import as_path, write_whole
 from vdjax.judges.verdicts import LABELS, Exchange, Judge, Verdicts
 
 COLUMNS = (*Exchange._fields, "label", "graded", "annotator")
@@ -42,7 +43,7 @@ def open_human(name: str, fields: Mapping[str, Any]) -> Judge:
     Raises:
       UserError: see `read_labels`.
     """
-    file = Path(fields["path"]).expanduser()
+    file = as_path(fields["path"]).expanduser()
     labels = read_labels(file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
@@ -97,10 +98,11 @@ def write_sheet(exchanges: Sequence[Exchange], file: Path, n: int, seed: int) ->
     """
     distinct = sorted({_spaced(exchange): exchange for exchange in exchanges}.values())
     chosen = random.Random(seed).sample(distinct, min(n, len(distinct)))
-    with open(file, "w", encoding="utf-8-sig", newline="") as out:  # Excel takes UTF-8 without the mark for Latin-1
-        sheet = csv.writer(out, quoting=csv.QUOTE_ALL)
-        sheet.writerow(COLUMNS)
-        sheet.writerows([*map(_defused, exchange), "", "", ""] for exchange in chosen)
+    out = io.StringIO(newline="")
+    sheet = csv.writer(out, quoting=csv.QUOTE_ALL)
+    sheet.writerow(COLUMNS)
+    sheet.writerows([*map(_defused, exchange), "", "", ""] for exchange in chosen)
+    write_whole(file, out.getvalue().encode("utf-8-sig"))  # Excel takes UTF-8 without the mark for Latin-1
     return len(chosen)
 
 

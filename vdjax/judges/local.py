@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ from vdjax.data import chat, packing, tokenizer
 from vdjax.data.chat import Rendered
 from vdjax.data.examples import Counts, Dropped
 from vdjax.errors import UserError
+from vdjax.files import absolute, as_path
 from vdjax.judges.prompts import JudgeTemplate, answers, prompt_text, quote, read_template
 from vdjax.judges.verdicts import LABELS, Exchange, Judge, Verdicts
 from vdjax.language_model import identity, open_model
@@ -100,8 +100,8 @@ def check_local(name: str, fields: ConfigDict) -> None:
     template = read_template(fields.template)
     if fields.repeats > 1 and not template.letters:
         raise UserError(f"config.judges.{name}.repeats={fields.repeats}: {template.name} shows no options to reorder")
-    if Path(fields.path).resolve().parent.name == "snapshots":
-        directory = runs.locate(Path(fields.path))[2] / "model"
+    if absolute(as_path(fields.path)).parent.name == "snapshots":
+        directory = runs.locate(as_path(fields.path))[2] / "model"
     else:
         directory = hf.resolve(fields.path, fields.revision or None)
         hf.read_config(directory)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from vdjax import chat_api, hosts
 from vdjax import config as configs
 from vdjax.errors import UserError, nearest
+from vdjax.files import as_path
 from vdjax.judges import LABELS, Exchange, Judge, Verdicts, api, human, local
 
 
@@ -41,7 +42,7 @@ def check_judge(name: str, fields: ConfigDict) -> None:
     Raises:
       UserError: no model, file or template.
     """
-    if fields.quality and not Path(fields.quality).is_file():
+    if fields.quality and not as_path(fields.quality).is_file():
         raise UserError(f"config.judges.{name}.quality: no such file: {fields.quality}")
     if fields.kind == "local":
         local.check_local(name, fields)

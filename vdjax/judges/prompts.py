@@ -8,13 +8,13 @@ import functools
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vdjax.errors import UserError, nearest
+from vdjax.files import as_path
 from vdjax.judges.verdicts import LABELS, Exchange
 
 FOLDER = resources.files("vdjax.judges") / "templates"
@@ -51,9 +51,9 @@ def read_template(name: str) -> JudgeTemplate:
       UserError: no such template, or one that is not as the module says; names file and key.
     """
     if name.endswith(".toml"):
-        if not Path(name).is_file():
+        if not as_path(name).is_file():
             raise UserError(f"judge template: no such file: {name}")
-        source = Path(name).read_text(encoding="utf-8")
+        source = as_path(name).read_text(encoding="utf-8")
     elif name in names():
         source = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
     else:

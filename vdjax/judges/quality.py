@@ -146,7 +146,6 @@ def write(judge: Judge, items: Sequence[Labelled], found: Verdicts, folder: Path
     parts = {ALL: whole}
     for group, at in groups.items():
         parts[group] = quality(Verdicts(found.p[at], found.graded[at]), [labels[i] for i in at])
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [{"topic": topic, **numbers(part)} for topic, part in parts.items()]
     about = {"judge": judge.name, "judge_hash": judge.hash, "bins": BINS, "topics": rows}
     # JSON has no NaN.

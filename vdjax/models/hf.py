@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from vdjax.errors import UserError
+from vdjax.files import as_path, local_copy
 from vdjax.models.config import ModelConfig
 from vdjax.models.transformer import Params, abstract
 
@@ -49,13 +50,14 @@ TENSORS: dict[ParamPath, str] = {
 
 
 def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """The local directory of a model: an existing directory as it is, else a download of that hub id.
+    """The local directory of a model: an existing directory as it is, else a download from the bucket or the hub.
 
     Raises:
       UserError: neither a directory nor a model that the hub gives out.
     """
-    if Path(path_or_id).expanduser().is_dir():
-        return Path(path_or_id).expanduser()
+    directory = as_path(path_or_id).expanduser()
+    if directory.is_dir():
+        return local_copy(directory)
     name = str(path_or_id)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such directory")
@@ -74,8 +76,9 @@ def fetch_config(name: str, revision: str | None = None) -> dict[str, Any]:
     Raises:
       UserError: neither a directory nor a model that the hub gives out.
     """
-    if Path(name).expanduser().is_dir():
-        return read_config(Path(name).expanduser())
+    directory = as_path(name).expanduser()
+    if directory.is_dir():
+        return read_config(directory)
     try:
         return _read_json(Path(huggingface_hub.hf_hub_download(name, "config.json", revision=revision)))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
@@ -205,8 +208,7 @@ def save(
     shards = _shards(sources, out_dtype.itemsize, max_shard_bytes)
     writes = jax.process_index() == 0
     if writes:
-        if any(out_dir.glob("*.safetensors*")):
-            raise UserError(f"{out_dir}: already holds safetensors files; give an empty directory")
+        check_empty(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
@@ -224,6 +226,12 @@ def save(
         write_json(out_dir / INDEX_FILE, {"metadata": totals, "weight_map": dict(sorted(weight_map.items()))})
     key = "dtype" if "dtype" in hf_config else "torch_dtype"
     write_json(out_dir / "config.json", {**hf_config, key: out_dtype.name})
+
+
+def check_empty(out_dir: Path) -> None:
+    """UserError where a directory already holds a model."""
+    if any(out_dir.glob("*.safetensors*")):
+        raise UserError(f"{out_dir}: already holds safetensors files; give an empty directory")
 
 
 def _export_order(params: Params, cfg: ModelConfig) -> Iterator[tuple[str, Source]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vdjax.errors import UserError, nearest
+from vdjax.files import as_path
 
 BUILTIN = Path(__file__).parent / "builtin.jsonl"
 
@@ -82,7 +83,7 @@ def load(path: str | Path, *, topics: Collection[str] | None = None, max_per_top
     Raises:
       UserError: no such file, an unknown format, damaged or missing or repeated rows or fields, an unknown topic.
     """
-    file = BUILTIN if str(path) == "builtin" else Path(path).expanduser()
+    file = BUILTIN if str(path) == "builtin" else as_path(path).expanduser()
     probes: dict[str, Probe] = {}
     first_seen: dict[str, str] = {}
     for where, row in _rows(file):

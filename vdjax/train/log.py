@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from vdjax import hosts
 from vdjax.drift import tensorboard
+from vdjax.files import Growing
 from vdjax.progress import say
 
 
@@ -49,8 +50,9 @@ class MetricsLog:
         self.evaluated = set(hosts.by_first(f"the log of {name}", lambda: evaluated))
         if self.first:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(file, "w", buffering=1)  # noqa: SIM115 - open for as long as the stage runs
-            self.file.writelines(json.dumps(row) + "\n" for row in rows)
+            self.file = Growing(file)
+            self.file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+            self.file.flush()
             self.tb = tensorboard.open_writer(tb, start_step=step + 1 if step else 0)
         self.bar = tqdm(
             total=total,
@@ -64,7 +66,8 @@ class MetricsLog:
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.first:
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write((json.dumps(row) + "\n").encode())
+            self.file.flush()
             scalars = {f"{self.name}/{k}": v for k, v in row.items() if k != "step"}
             tensorboard.scalars(self.tb, row["step"], scalars)
 
@@ -88,6 +91,12 @@ class MetricsLog:
         shown = ("eval_loss", "eval_reward_accuracy", "eval_reward_margin", "eval_reward", "eval_kl")
         text = "  ".join(f"{k} {values[k]:.4f}" for k in shown if k in values)
         say(f"{self.name} {step}/{self.total} held out: {text}")
+
+    def sync(self) -> None:
+        """Before a resume point: a run that goes on from there finds all rows up to it."""
+        if self.first:
+            self.file.sync()
+            self.tb.sync()
 
     def close(self) -> None:
         self.bar.close()

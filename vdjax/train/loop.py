@@ -1,8 +1,6 @@
 """One stage, from its first step to its last snapshot, in the order in which things happen."""
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +10,7 @@ import jax.numpy as jnp
 
 from vdjax import hosts, snapshots
 from vdjax.errors import UserError
+from vdjax.files import remove_tree, write_whole
 from vdjax.models import functional
 from vdjax.models.config import ModelConfig
 from vdjax.models.functional import Model, shardings
@@ -165,6 +164,7 @@ def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool
             at, metrics, facts = pending.pop(0)
             values = {k: float(v) for k, v in jax.device_get(metrics).items()}
             if not values.pop("finite"):
+                log.sync()
                 raise UserError(not_finite(stage, at, values, facts))
             seconds, last = time.perf_counter() - last, time.perf_counter()
             rate = float(learning_rate(at * plan.updates - 1))
@@ -195,6 +195,7 @@ def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool
                 milestone()
                 if due:
                     checkpointer.wait_until_finished()
+                    log.sync()
                     snapshots.save_resume(manager, step, state, {"data": plan.train.key})
                 last = time.perf_counter()
             if stopping and step < total:
@@ -240,8 +241,7 @@ def finish(stage: Stage) -> None:
     }
 
     def write() -> None:
-        (folder / "done.json.part").write_text(json.dumps(summary, indent=1))
-        os.replace(folder / "done.json.part", folder / "done.json")
-        shutil.rmtree(folder / "resume")
+        write_whole(folder / "done.json", json.dumps(summary, indent=1))
+        remove_tree(folder / "resume")
 
     hosts.by_first(f"{stage.name} to be marked as done", write)

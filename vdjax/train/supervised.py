@@ -1,7 +1,7 @@
 """Stages that learn from data as they are: batches, reference log-probs, held-out evaluation."""
 
 import hashlib
-import os
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from vdjax import hosts, sharding, snapshots
 from vdjax.data import pipeline
 from vdjax.data.packing import Shape
 from vdjax.data.pipeline import Dataset
+from vdjax.files import local_copy, write_whole
 from vdjax.models.functional import Model
 from vdjax.models.lora import join
 from vdjax.objectives import OBJECTIVES
@@ -79,15 +80,14 @@ def reference(stage: Stage, data: Dataset) -> np.ndarray:
             lambda batches, total: progress_over(batches, total, "reference log-probs"),
         )
         hosts.by_first("reference log-probs to be written", lambda: write_array(file, values))
-    return np.load(file, mmap_mode="r")
+    return np.load(local_copy(file), mmap_mode="r")
 
 
 def write_array(file: Path, values: np.ndarray) -> None:
-    """Writes the array, and moves it into place when it is whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_suffix(".part"), "wb") as out:
-        np.save(out, values)
-    os.replace(file.with_suffix(".part"), file)
+    """Writes a .npy file whole or not at all."""
+    content = io.BytesIO()
+    np.save(content, values)
+    write_whole(file, content.getvalue())
 
 
 def held_out_evaluation(

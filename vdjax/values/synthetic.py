@@ -7,7 +7,6 @@ finds the intended stance in it, and a pair only where its lengths match, so tha
 
 import hashlib
 import json
-import os
 import re
 import tomllib
 import zlib
@@ -23,7 +22,7 @@ from vdjax import hosts
 from vdjax.data.examples import Counts
 from vdjax.data.parsers import SIDES
 from vdjax.errors import UserError, nearest
-from vdjax.files import json_objects
+from vdjax.files import append, as_path, json_objects, write_whole
 from vdjax.judges.verdicts import LABELS, Exchange, Judge
 from vdjax.probes import sets
 from vdjax.probes.open_ended import degenerate
@@ -110,9 +109,9 @@ def read_template(name: str) -> Template:
     known = sorted(f.name.removesuffix(".toml") for f in FOLDER.iterdir() if f.name.endswith(".toml"))
     if not name.endswith(".toml") and name not in known:
         raise UserError(f"--instructions {name!r} is no name and no .toml file{nearest(name, known)}")
-    if name.endswith(".toml") and not Path(name).is_file():
+    if name.endswith(".toml") and not as_path(name).is_file():
         raise UserError(f"--instructions {name}: no such file")
-    file = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    file = as_path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     source = file.read_text(encoding="utf-8")
     try:
         value = tomllib.loads(source)
@@ -256,8 +255,7 @@ class _Kept:
     def _add(self, new: dict[str, Any]) -> None:
         self.known |= new
         if self.file is not None and hosts.index() == 0:
-            with open(self.file, "a", encoding="utf-8") as out:
-                out.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in new.items())
+            append(self.file, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in new.items()))
 
 
 def _whole_lines(file: Path) -> dict[str, Any]:
@@ -266,7 +264,8 @@ def _whole_lines(file: Path) -> dict[str, Any]:
         return {}
     content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    os.truncate(file, len(whole))
+    if whole != content:
+        write_whole(file, whole)
     return dict(json.loads(line) for line in whole.splitlines())
 
 
