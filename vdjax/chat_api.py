@@ -133,7 +133,6 @@ def spent(endpoint: Endpoint, cache: Path) -> Spent:
 @contextmanager
 def _open(cache: Path) -> Iterator[sqlite3.Connection]:
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
         with (
             edited(cache) as file,
             closing(sqlite3.connect(file, timeout=60, isolation_level=None, check_same_thread=False)) as db,

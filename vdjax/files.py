@@ -118,6 +118,8 @@ class Growing:
 
     def __init__(self, file: Path) -> None:
         self.file, self.uploads = file, in_bucket(file)
+        if not self.uploads:
+            file.parent.mkdir(parents=True, exist_ok=True)
         self.out: Any = io.BytesIO() if self.uploads else file.open("wb")
         self.next_upload = time.monotonic() + UPLOAD_S
 
@@ -182,6 +184,7 @@ def making(folder: Path, last: str) -> Iterator[Path]:
 def edited(file: Path) -> Iterator[Path]:
     """The file where it can be changed in place; what was changed is in the bucket only afterwards."""
     if not in_bucket(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
         yield file
         return
     with tempfile.TemporaryDirectory(prefix="vdjax-") as scratch:

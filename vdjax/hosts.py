@@ -34,6 +34,7 @@ from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vdjax.errors import UserError
+from vdjax.files import write_whole
 
 LOST = 76  # exit status: another process is gone; the same command on all goes on from the newest resume point
 TIMEOUT_S = 1800.0  # for processes that should all be about as far
@@ -229,9 +230,8 @@ def check_shared(folder: Path) -> None:
     """
 
     def write() -> list[str]:
-        folder.mkdir(parents=True, exist_ok=True)
         token = f".seen-by-all-{uuid.uuid4().hex}"
-        (folder / token).touch()
+        write_whole(folder / token, "")
         return [str(folder), token]
 
     if count() == 1:

@@ -62,7 +62,7 @@ def open_reader(snapshot: Path) -> Reader:
     Raises:
       UserError: not a snapshot.
     """
-    if not (snapshot / "_METADATA").exists():
+    if not (snapshot / (COMMITTED if in_bucket(snapshot) else "_METADATA")).exists():
         siblings = kept(snapshot.parent)
         raise UserError(f"{snapshot} is no snapshot" + (f"; steps there: {siblings}" if siblings else ""))
     stores: dict[tuple[str, ...], Any] = {}

@@ -41,7 +41,6 @@ class Writer(NamedTuple):
 
 def open_writer(directory: Path, start_step: int = 0) -> Writer:
     """A new event file in `directory`; what the directory's older files hold from `start_step` on is void."""
-    directory.mkdir(parents=True, exist_ok=True)
     return _open(Growing(directory / _file_name()), start_step)
 
 
@@ -69,8 +68,7 @@ def write_drift(
     last step of all. Values that are not defined (NaN: no stance was taken) are left out, as they are in the figures.
     `stances` and `drift` are those of `statistics.Analysis`; `last_steps` holds each stage's last training step.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    old = [p for p in directory.iterdir() if "tfevents" in p.name]
+    old = list(directory.glob("*tfevents*"))
     final = directory / _file_name()
     content = io.BytesIO()
     writer = _open(content, 0)

@@ -49,7 +49,6 @@ class MetricsLog:
         # All processes evaluate or none does, whatever the others see of a file that the first one is writing.
         self.evaluated = set(hosts.by_first(f"the log of {name}", lambda: evaluated))
         if self.first:
-            file.parent.mkdir(parents=True, exist_ok=True)
             self.file = Growing(file)
             self.file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
             self.file.flush()
