@@ -44,7 +44,7 @@ def as_path(text: str | os.PathLike[str]) -> Path:
     if scheme != "gs":
         raise UserError(f"{name}: expected a path, or gs://BUCKET/... for a bucket")
     if not importlib.util.find_spec("gcsfs"):
-        raise UserError(f"{name}: to read and write buckets: pip install 'vdjax[tpu]'")
+        raise UserError(f"{name}: buckets need a package: pip install 'vdjax[tpu]', or gcsfs alone")
     return cast(Path, epath.Path(name))
 
 
