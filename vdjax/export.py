@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from vdjax import runs, runtime, sharding, snapshots
 from vdjax.cli import run_cli
 from vdjax.errors import UserError
-from vdjax.files import absolute, as_path, filling, local_copy
+from vdjax.files import absolute, as_path, check_no_model, filling, local_copy
 from vdjax.models import config as model_config
 from vdjax.models import hf, lora, peft
 from vdjax.models.functional import make_model, shardings, trained_part
@@ -36,7 +36,7 @@ def export(snapshot: Path, out: Path, dtype: str | None = None) -> None:
     if reward:
         hf_config = model_config.scoring(hf_config, padding_id(tok, stop_ids))
     dtype = dtype or opened.config.model.param_dtype
-    hf.check_empty(out)
+    check_no_model(out)
     with filling(out, "config.json") as folder:
         hf.save(opened.params, opened.model.cfg, folder, hf_config=hf_config, dtype=dtype, metadata=metadata(snapshot))
         copy_tokenizer(files, folder)
@@ -72,7 +72,7 @@ def export_adapters(snapshot: Path, out: Path) -> str:
     model = make_model(cfg, config.model, lora=adapters)
     layout = trained_part(model, shardings(model, sharding.make_mesh(fsdp=-1)))
     params = hf.place(snapshots.open_reader(snapshot), trained_part(model, model.params), layout)
-    hf.check_empty(out)
+    check_no_model(out)
     with filling(out, peft.CONFIG_FILE) as folder:
         peft.save(params, adapters, folder, base=base, revision=revision, metadata=metadata(snapshot))
         copy_tokenizer(local_copy(workdir / "model"), folder)

@@ -66,6 +66,12 @@ def is_folder(path: Path) -> bool:
     return in_bucket(path) or path.is_dir()
 
 
+def check_no_model(folder: Path) -> None:
+    """UserError where a directory already holds a model."""
+    if any(folder.glob("*.safetensors*")):
+        raise UserError(f"{folder}: already holds safetensors files; give an empty directory")
+
+
 def facts(file: Path) -> tuple[str, int, int]:
     """What changes when a file is another: its name, size and time."""
     about = file.stat()

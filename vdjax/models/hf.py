@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from vdjax.errors import UserError
-from vdjax.files import as_path, local_copy
+from vdjax.files import as_path, check_no_model, local_copy
 from vdjax.models.config import ModelConfig
 from vdjax.models.transformer import Params, abstract
 
@@ -208,7 +208,7 @@ def save(
     shards = _shards(sources, out_dtype.itemsize, max_shard_bytes)
     writes = jax.process_index() == 0
     if writes:
-        check_empty(out_dir)
+        check_no_model(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
@@ -226,12 +226,6 @@ def save(
         write_json(out_dir / INDEX_FILE, {"metadata": totals, "weight_map": dict(sorted(weight_map.items()))})
     key = "dtype" if "dtype" in hf_config else "torch_dtype"
     write_json(out_dir / "config.json", {**hf_config, key: out_dtype.name})
-
-
-def check_empty(out_dir: Path) -> None:
-    """UserError where a directory already holds a model."""
-    if any(out_dir.glob("*.safetensors*")):
-        raise UserError(f"{out_dir}: already holds safetensors files; give an empty directory")
 
 
 def _export_order(params: Params, cfg: ModelConfig) -> Iterator[tuple[str, Source]]:

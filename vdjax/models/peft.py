@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
+from vdjax.files import check_no_model
 from vdjax.models import hf
 from vdjax.models.lora import SIDES, Lora, Params
 
@@ -40,7 +41,7 @@ def save(
     tensors = {name: hf.fetch(source, np.dtype(np.float32)) for name, source in sources(adapters, lora).items()}
     if jax.process_index():
         return
-    hf.check_empty(out_dir)
+    check_no_model(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(tensors, out_dir / WEIGHTS_FILE, {"format": "pt", **(metadata or {})})
     hf.write_json(out_dir / CONFIG_FILE, adapter_config(lora, base, revision))
