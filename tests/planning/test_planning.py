@@ -17,6 +17,7 @@ from vdjax.config import experiment
 from vdjax.errors import UserError
 from vdjax.models.config import from_hf, num_params, published
 from vdjax.planning import hlo, operations
+from vdjax.planning.programs import PROGRAMS
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +49,31 @@ def test_parameters_and_moments_are_an_eighth_a_device(results: dict[str, Any]) 
 
 
 def test_the_reference_needs_a_third_of_a_steps_products(results: dict[str, Any]) -> None:
-    for layout in ("fsdp", "tensor"):
-        programs = results[layout]
-        assert programs["reference"]["needed_tflops"] * 3 == pytest.approx(programs["train_step"]["needed_tflops"])
-        for found in programs.values():
-            assert found["tflops"] >= found["needed_tflops"] > 0
-            assert found["hbm_bytes"] > 0 and found["hbm_gib"] > sum(found["parts"].values()) * 0.99
+    found = results["tensor"]
+    assert found["reference"]["needed_tflops"] * 3 == pytest.approx(found["train_step"]["needed_tflops"])
+    for one in (found[name] for name in PROGRAMS):
+        assert one["tflops"] >= one["needed_tflops"] > 0
+        assert one["hbm_bytes"] > 0 and one["hbm_gib"] > sum(one["parts"].values()) * 0.99
 
 
 def test_no_collective_joins_snapshots(results: dict[str, Any]) -> None:
-    for layout in ("fsdp", "tensor"):
-        found = results[layout]["evaluator"]
-        assert "parameters of 8 snapshots" in found["parts"]
-        assert all("snapshot" not in each["over"] for each in found["collectives"])
-    assert any("tensor" in each["over"] for each in results["tensor"]["evaluator"]["collectives"])
+    found = results["tensor"]["evaluator"]
+    assert "parameters of 8 snapshots" in found["parts"] and found["mesh"]["snapshot"] == 4
+    assert all("snapshot" not in each["over"] for each in found["collectives"])
+    assert any("tensor" in each["over"] for each in found["collectives"])
+
+
+def test_a_plan_says_what_it_found(results: dict[str, Any]) -> None:
+    found = results["tensor"]
+    assert found["topology"] == "v5e:2x4" and found["chips"] == 8
+    assert found["mesh"]["fsdp"] == 4 and found["mesh"]["tensor"] == 2
+    for name in PROGRAMS:
+        assert found[name]["fits"] and found[name]["compile_s"] > 0 and found[name]["roofline_s"]["matmuls"] > 0
+        assert f"{name}: {found[name]['hbm_gib']:.2f} of 15.75 GiB a chip, fits" in found["text"]
+    assert "16 rows of 128 tokens a step, 8 at a time" in found["text"]
+    assert found["too_large"].count("DOES NOT FIT") == 4
+    for advice in ("dpo.microbatch_rows=4 (now 8)", "model.remat=dots (now none)", "model.compute_dtype=bfloat16"):
+        assert f"try --config.{advice}" in found["too_large"]
 
 
 # Counting
