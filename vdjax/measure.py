@@ -131,7 +131,7 @@ def held_at_once(
 
     All have one size, so that one program serves them; the last may name its last snapshot more than once.
     """
-    memory = config.probes.memory_gb * 1e9 or evaluator.default_memory()
+    memory = config.probes.memory_gb * 1e9
     copies *= mesh.shape["data"] if model.lora else 1
     groups = evaluator.groups(len(series.steps), model, memory, copies)
     return [
