@@ -48,7 +48,11 @@ def experiment() -> ConfigDict:
     c.tokenizer.template_options = ConfigDict({"enable_thinking": False})  # variables of the template where responses
     # are sampled (open_ended, vdjax.sample, vdjax.synthesize), if it has them
 
-    c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # -1: all devices that are left
+    c.mesh = ConfigDict()  # devices along each axis; one may be -1, which takes all that are left
+    c.mesh.data = 1  # rows spread, parameters whole; several TPU slices lie along it
+    c.mesh.fsdp = -1  # rows and parameters spread
+    c.mesh.context = 1  # the length of rows and parameters spread, for long rows
+    c.mesh.tensor = 1  # heads, MLP and vocabulary spread
 
     c.probes = ConfigDict()
     c.probes.path = "builtin"  # or a file: JSONL, JSON or CSV (vdjax.probes.sets)

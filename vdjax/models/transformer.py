@@ -16,7 +16,7 @@ from vdjax.models.attention import apply_rope, attention, rope_tables
 from vdjax.models.config import ModelConfig
 from vdjax.models.lora import Lora
 from vdjax.models.products import matmul
-from vdjax.sharding import constrain
+from vdjax.sharding import constrain, parts_of
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "full"]
@@ -34,12 +34,12 @@ def rms_norm(x: Float[Array, "*batch width"], scale: Float[Array, "width"], eps:
 
 
 def product(
-    x: Float[Array, "rows inner"], kernel: Float[Array, "inner outer"], parts: int
-) -> Float[Array, "rows outer"]:
+    x: Float[Array, "*rows inner"], kernel: Float[Array, "inner outer"], parts: int
+) -> Float[Array, "*rows outer"]:
     """x @ kernel, with the sum over `inner` taken in `parts` parts: more of them round less and take longer."""
     if parts == 1:
         return matmul(x, kernel)
-    pieces = zip(jnp.array_split(x, parts, axis=1), jnp.array_split(kernel, parts, axis=0), strict=True)
+    pieces = zip(jnp.array_split(x, parts, axis=-1), jnp.array_split(kernel, parts, axis=0), strict=True)
     return sum((matmul(a, b) for a, b in pieces), start=jnp.zeros((), x.dtype))
 
 
@@ -92,7 +92,8 @@ class Layer(nnx.Module):
 
     def linear(self, x: Float[Array, "batch length inner"], name: str) -> Float[Array, "batch length outer"]:
         """x times the kernel `name`, with its adapter where there is one."""
-        rows = x.reshape(-1, x.shape[-1])
+        # Rows and their places in one axis could not be spread over devices both.
+        rows = x if parts_of("length", x.shape[1]) > 1 else x.reshape(-1, x.shape[-1])
         out = product(rows, getattr(self, name)[...].astype(x.dtype), self.sum_parts)
         if self.lora and name in self.lora.targets:
             a, b = (getattr(self, f"{name}_lora_{side}")[...].astype(x.dtype) for side in "ab")
@@ -212,7 +213,7 @@ class Transformer(nnx.Module):
         sequence_ids = jnp.zeros_like(segment_ids) if sequence_ids is None else sequence_ids
         x = jnp.take(self.embed[...], tokens, axis=0).astype(self.compute_dtype)
         x = constrain(x, ("batch", "length", "embed_act"))
-        cos, sin = rope_tables(self.cfg, positions)
+        cos, sin = rope_tables(self.cfg, constrain(positions, ("batch", "length")))
         graphdef, stacked = nnx.split(self.layers)
 
         def apply_layer(x: Array, params: Params) -> tuple[Array, None]:
