@@ -191,13 +191,17 @@ def stage(objective: str, **fields: Any) -> ConfigDict:
     c.max_steps = 0  # 0: all epochs
 
     c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # or adafactor: factored second moments and no momentum, hardly any memory
     c.optimizer.learning_rate = 1e-5
     c.optimizer.schedule = "cosine"  # after warm-up: cosine, linear or constant
     c.optimizer.warmup = 0.1  # share of the steps
     c.optimizer.final = 0.0  # learning rate at the end, as a share of the peak
-    c.optimizer.b1 = 0.9
+    c.optimizer.b1 = 0.9  # this and the next three: of adamw
     c.optimizer.b2 = 0.999
     c.optimizer.eps = 1e-8
+    c.optimizer.moment_dtype = "float32"  # that both moments are kept in; bfloat16 halves their memory
+    c.optimizer.master = True  # of parameters kept in bfloat16: a float32 copy, in which small updates add up; without
+    # it a step rounds them once, and loses what is less than 1/512 of a parameter
     c.optimizer.weight_decay = 0.0  # not of norms and biases
     c.optimizer.clip_norm = 1.0  # 0: no clipping
 
