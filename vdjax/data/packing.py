@@ -16,7 +16,6 @@ from jaxtyping import Int
 
 from vdjax.data.chat import Rendered
 
-
 LENGTH_MULTIPLE = 64  # of the row lengths that are chosen here
 
 
