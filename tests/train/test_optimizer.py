@@ -126,7 +126,8 @@ def test_second_moments_in_bfloat16_do_not_stand_still(monkeypatch: pytest.Monke
         return np.asarray(after_all(made, params, gradients)[1][1][0].nu["kernel"], np.float32)
 
     want = second_moments()
-    assert np.abs(second_moments(moment_dtype="bfloat16") / want - 1).max() < 0.05
+    off = second_moments(moment_dtype="bfloat16") / want - 1
+    assert np.abs(off).max() < 0.1 and np.abs(off.mean()) < 0.03
     monkeypatch.setattr(optimizers, "rounded_in_turn", lambda x, step: x.astype(jnp.bfloat16))
     assert np.abs(second_moments(moment_dtype="bfloat16") / want - 1).min() > 0.3
 
