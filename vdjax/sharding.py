@@ -30,6 +30,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "heads_act": ("tensor",),
     "kv_heads_act": ("tensor",),
     "mlp_act": ("tensor",),
+    "batch_looked_up": ("data",),
+    "width_looked_up": ("fsdp",),
 }
 
 

@@ -5,6 +5,7 @@ Run by test_eight_devices.py in a process of its own, since the number of device
 """
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
+from flax import nnx
 
 from vdjax import config as configs
 from vdjax import sharding, snapshots
@@ -155,6 +157,24 @@ def scored(sizes: dict[str, Any]) -> list[float]:
     return [float(np.abs(np.asarray(x) - y).max()) for x, y in zip(found, both(whole)(hidden, table), strict=True)]
 
 
+def float_gathers(made: Model, start: Any, sizes: dict[str, Any]) -> list[str]:
+    """The arrays, but for ids, that looking embeddings up and its gradient bring together from several devices."""
+    mesh, tokens, slopes = sharding.make_mesh(**sizes), np.zeros((8, 40), np.int32), np.ones((8, 40, 32), np.float32)
+    axes = ("batch", "length", "embed_act")
+
+    def both(params: Any, tokens: Any, g: Any) -> Any:
+        out, pull = jax.vjp(lambda params: nnx.merge(made.graphdef, params).embedded(tokens), params)
+        return out, pull(g)[0]["embed"]
+
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(lambda x, s: sharding.put_global(np.asarray(x), s), start, shardings(made, mesh))
+        rows = jax.NamedSharding(mesh, sharding.partition_spec(axes, (8, 40, 32), mesh.shape))
+        batch = [sharding.put_global(x, s) for x, s in ((tokens, sharding.rows_sharding(mesh, 2)), (slopes, rows))]
+        out_shardings = (rows, params["embed"].sharding)
+        text = jax.jit(both, out_shardings=out_shardings).lower(params, *batch).compile().as_text()
+    return re.findall(r"= (f32\S+) all-gather", text)
+
+
 def kernels(sizes: dict[str, Any]) -> list[float]:
     """Largest differences of the splash kernels' outputs and gradients from those of plain attention on one device."""
     rng, length = np.random.default_rng(0), 256
@@ -205,7 +225,7 @@ def main() -> None:
             found |= probe(made, start, mesh)
         if sizes in SFT_LAYOUTS:
             more, state = sft(made, start, mesh, 8)
-            found |= more
+            found |= more | {"float_gathers": float_gathers(made, start, sizes)}
             if sizes == LAYOUTS[6]:
                 found["restored"] = [same_after_restoring(made, state, m) for m in (mesh, one)]
         out[name_of(sizes)] = found

@@ -60,6 +60,11 @@ def test_four_steps_of_sft_with_adafactor_give_the_losses_of_one_device(results:
     assert (kept["v_row"], kept["v_col"]) == FACTORS[layout] and kept["v"] == [1]
 
 
+@pytest.mark.parametrize("layout", ["data=2,context=4", "fsdp=2,context=2,tensor=2"])
+def test_embeddings_are_looked_up_without_bringing_rows_together(results: dict[str, Any], layout: str) -> None:
+    assert results[layout]["float_gathers"] == []
+
+
 def test_a_resume_point_of_factored_moments_is_read_under_any_layout(results: dict[str, Any]) -> None:
     assert results["fsdp=2,context=2,tensor=2"]["restored"] == [True, True]
 

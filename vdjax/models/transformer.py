@@ -211,8 +211,7 @@ class Transformer(nnx.Module):
             is all 0.
         """
         sequence_ids = jnp.zeros_like(segment_ids) if sequence_ids is None else sequence_ids
-        x = jnp.take(self.embed[...], tokens, axis=0).astype(self.compute_dtype)
-        x = constrain(x, ("batch", "length", "embed_act"))
+        x = self.embedded(tokens)
         cos, sin = rope_tables(self.cfg, constrain(positions, ("batch", "length")))
         graphdef, stacked = nnx.split(self.layers)
 
@@ -226,6 +225,16 @@ class Transformer(nnx.Module):
             apply_layer = jax.checkpoint(apply_layer, policy=policy, prevent_cse=self.unroll is True)
         x, _ = jax.lax.scan(apply_layer, x, nnx.to_pure_dict(stacked), unroll=self.unroll)
         return rms_norm(x, self.final_norm[...], self.cfg.rms_norm_eps)
+
+    def embedded(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
+        """The embeddings of tokens, in the compute dtype."""
+        spread = parts_of("length", tokens.shape[1]) > 1
+        tokens = constrain(tokens, ("batch_looked_up", None)) if spread else tokens
+        x = jnp.take(self.embed[...], tokens, axis=0).astype(self.compute_dtype)
+        if spread:  # from the table's layout one mesh axis at a time: else each device would get the rows of all
+            x = constrain(x, ("batch_looked_up", None, "embed"))
+            x = constrain(x, ("batch_looked_up", "length", "width_looked_up"))
+        return constrain(x, ("batch", "length", "embed_act"))
 
     def scores(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch"]:
         """Float32 scores (rewards or values) of hidden states, of a model with the head "score"."""
