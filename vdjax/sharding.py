@@ -42,15 +42,11 @@ def make_mesh(
     snapshot: int = 1,
     context: int = 1,
     devices: list | None = None,
-    across: Sequence[str] = ("data",),
 ) -> Mesh:
-    """A mesh over all devices; one size may be -1 and takes what the others leave.
-
-    Args:
-      across: axes that several TPU slices may be laid along: the first whose size is a multiple of their number.
+    """A mesh over all devices; one size may be -1 and takes what the others leave. TPU slices lie along `data`.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or slices that cannot be laid along `across`.
+      UserError: the sizes do not multiply to the number of devices, or the number of slices does not divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"snapshot": snapshot, "data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
@@ -64,12 +60,20 @@ def make_mesh(
         sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
         raise UserError(f"mesh {sizes} needs {math.prod(sizes.values())} devices, but there are {len(devices)}")
-    return Mesh(device_grid(sizes, devices, across), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return as_mesh(device_grid(sizes, devices))
+
+
+def as_mesh(grid: np.ndarray) -> Mesh:
+    """The mesh of devices with the axes MESH_AXES."""
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def device_grid(sizes: Mapping[str, int], devices: Sequence[Any], across: Sequence[str] = ("data",)) -> np.ndarray:
     """The devices as an array with the axes MESH_AXES: on TPU those of one axis are neighbours, and those of one slice
     together, as between slices there is the slow data-center network.
+
+    Args:
+      across: axes that slices may be laid along: the first whose size is a multiple of their number.
 
     Raises:
       UserError: several slices, and their number divides no axis of `across`.

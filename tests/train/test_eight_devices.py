@@ -60,7 +60,7 @@ def test_four_steps_of_sft_with_adafactor_give_the_losses_of_one_device(results:
     assert (kept["v_row"], kept["v_col"]) == FACTORS[layout] and kept["v"] == [1]
 
 
-@pytest.mark.parametrize("layout", ["data=2,context=4", "fsdp=2,context=2,tensor=2"])
+@pytest.mark.parametrize("layout", FACTORS)
 def test_embeddings_are_looked_up_without_bringing_rows_together(results: dict[str, Any], layout: str) -> None:
     assert results[layout]["float_gathers"] == []
 

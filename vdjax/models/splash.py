@@ -85,7 +85,7 @@ def backward(
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Gradients of queries, keys and values."""
 
-    def run(kernel: Any, *arrays: Any, places: tuple[str, ...]) -> tuple[Array, Array, Array]:
+    def run(kernel: Any, *arrays: Any, places: tuple[str, ...]) -> tuple[Array, ...]:
         dq, *of_keys = jax.vmap(functools.partial(_gradients, kernel))(*arrays)
         if places:
             of_keys = [jax.lax.psum_scatter(x, places, scatter_dimension=2, tiled=True) for x in of_keys]
@@ -140,10 +140,11 @@ def _mapped(
     def of(*axes: str | None) -> PartitionSpec:
         return PartitionSpec(*[parts[axis] if axis else None for axis in axes])
 
+    of_ids: tuple[Any, Any] = (of("batch", "length"), of("batch"))
     inputs = (
         kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, places))),
         *(of(*QUERIES), of(*KEYS), of(*KEYS)),
-        [Ids(of("batch", "length"), of("batch"))] * len(ids),
+        [Ids(*of_ids)] * len(ids),
         *(of(*QUERIES[: x.ndim]) for x in found),
     )
     mapped = jax.shard_map(run, in_specs=inputs, out_specs=tuple(of(*axes) for axes in outputs), check_vma=False)

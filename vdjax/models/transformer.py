@@ -228,12 +228,11 @@ class Transformer(nnx.Module):
 
     def embedded(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
         """The embeddings of tokens, in the compute dtype."""
-        spread = parts_of("length", tokens.shape[1]) > 1
-        tokens = constrain(tokens, ("batch_looked_up", None)) if spread else tokens
+        tokens = constrain(tokens, ("batch_looked_up", None))
         x = jnp.take(self.embed[...], tokens, axis=0).astype(self.compute_dtype)
-        if spread:  # from the table's layout one mesh axis at a time: else each device would get the rows of all
-            x = constrain(x, ("batch_looked_up", None, "embed"))
-            x = constrain(x, ("batch_looked_up", "length", "width_looked_up"))
+        # From the table's layout one mesh axis at a time: else each device would get the rows of all.
+        x = constrain(x, ("batch_looked_up", None, "embed"))
+        x = constrain(x, ("batch_looked_up", "length", "width_looked_up"))
         return constrain(x, ("batch", "length", "embed_act"))
 
     def scores(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch"]:

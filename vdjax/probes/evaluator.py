@@ -105,8 +105,8 @@ def evaluator_mesh(mesh: Mesh, group_size: int) -> Mesh:
     snapshot = math.gcd(group_size, others)
     if snapshot % slices:
         snapshot = math.gcd(group_size, others // slices)
-    sizes = {"snapshot": snapshot, "fsdp": others // snapshot, "tensor": tensor}
-    return sharding.make_mesh(**sizes, devices=devices, across=("snapshot", "fsdp"))
+    sizes = dict.fromkeys(sharding.MESH_AXES, 1) | {"snapshot": snapshot, "fsdp": others // snapshot, "tensor": tensor}
+    return sharding.as_mesh(sharding.device_grid(sizes, devices, across=("snapshot", "fsdp")))
 
 
 def stacked_shardings(model: Model, mesh: Mesh) -> Any:
