@@ -15,6 +15,7 @@ CHOICES = {
     "remat": ("none", "dots", "full"),
     "param_dtype": ("float32", "bfloat16"),
     "compute_dtype": ("float32", "bfloat16"),
+    "moment_dtype": ("float32", "bfloat16"),
     "schedule": ("cosine", "linear", "constant"),
     "truncation": ("response_end", "oldest_turns"),
     "assistant_turns": ("all", "last"),
@@ -25,6 +26,9 @@ CHOICES = {
     "advantage": ("gae", "leave_one_out", "group_scaled", "group"),
     "value_model": ("separate", "shared"),
 }
+
+OPTIMIZERS = ("adamw", "adafactor")
+OF_ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "moment_dtype": "float32"}  # fields and their defaults
 
 MINIMUM = {
     **dict.fromkeys(("resume_every", "log_every", "head_chunk", "batch_size", "epochs", "max_length"), 1),
@@ -60,6 +64,7 @@ def check_experiment(config: ConfigDict, taken: Collection[str], path: str) -> N
         if not part.data.path and not part.data.parts:
             raise UserError(f"{path}: config.{name}.data.path is empty; pass --config.{name}.data.path=FILE_OR_ID")
         check_hyper(part.objective, part.hyper.to_dict())
+        _check_optimizer(part.optimizer, f"{path}: config.{name}.optimizer")
         if OBJECTIVES[part.objective].kind == "rollout":
             _check_rollout(config, name, path)
         if OBJECTIVES[part.objective].kind == "reward" and part.snapshots.probe:
@@ -78,6 +83,14 @@ def check_experiment(config: ConfigDict, taken: Collection[str], path: str) -> N
 
     walk(config, "config")
     check_probes(config, path)
+
+
+def _check_optimizer(optimizer: ConfigDict, where: str) -> None:
+    if optimizer.name not in OPTIMIZERS:
+        raise UserError(f"{where}.name={optimizer.name!r}{nearest(optimizer.name, OPTIMIZERS)}")
+    for field, default in OF_ADAMW.items():
+        if optimizer.name != "adamw" and optimizer[field] != default:
+            raise UserError(f"{where}.{field}={optimizer[field]!r} is of adamw alone; {optimizer.name} has none")
 
 
 def check_probes(config: ConfigDict, path: str) -> None:

@@ -48,7 +48,11 @@ def experiment() -> ConfigDict:
     c.tokenizer.template_options = ConfigDict({"enable_thinking": False})  # variables of the template where responses
     # are sampled (open_ended, vdjax.sample, vdjax.synthesize), if it has them
 
-    c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # -1: all devices that are left
+    c.mesh = ConfigDict()  # devices along each axis; one may be -1, which takes all that are left
+    c.mesh.data = 1  # rows spread, parameters whole; several TPU slices lie along it
+    c.mesh.fsdp = -1  # rows and parameters spread
+    c.mesh.context = 1  # the length of rows and parameters spread, for long rows
+    c.mesh.tensor = 1  # heads, MLP and vocabulary spread
 
     c.probes = ConfigDict()
     c.probes.path = "builtin"  # or a file: JSONL, JSON or CSV (vdjax.probes.sets)
@@ -187,13 +191,17 @@ def stage(objective: str, **fields: Any) -> ConfigDict:
     c.max_steps = 0  # 0: all epochs
 
     c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # or adafactor: factored second moments and no momentum, hardly any memory
     c.optimizer.learning_rate = 1e-5
     c.optimizer.schedule = "cosine"  # after warm-up: cosine, linear or constant
     c.optimizer.warmup = 0.1  # share of the steps
     c.optimizer.final = 0.0  # learning rate at the end, as a share of the peak
-    c.optimizer.b1 = 0.9
+    c.optimizer.b1 = 0.9  # this and the next three: of adamw
     c.optimizer.b2 = 0.999
     c.optimizer.eps = 1e-8
+    c.optimizer.moment_dtype = "float32"  # that both moments are kept in; bfloat16 halves their memory
+    c.optimizer.master = True  # of parameters kept in bfloat16: a float32 copy, in which small updates add up; without
+    # it a step rounds them once, and loses what is less than 1/512 of a parameter
     c.optimizer.weight_decay = 0.0  # not of norms and biases
     c.optimizer.clip_norm = 1.0  # 0: no clipping
 

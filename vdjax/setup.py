@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vdjax import sharding
-from vdjax.data import chat, tokenizer
+from vdjax.data import chat, packing, tokenizer
 from vdjax.errors import UserError
 from vdjax.models import config as model_config
 from vdjax.models import hf, transformer
@@ -63,6 +63,7 @@ def setup(config: ConfigDict) -> Setup:
         raise UserError(f"the tokenizer has {len(tok)} tokens, the model a vocabulary of {cfg.vocab_size}")
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     check_tensor(cfg, mesh)
+    check_context(config, mesh.shape["context"])
     return Setup(make_model(cfg, config.model), mesh, tok, template, hf_config, directory)
 
 
@@ -71,6 +72,20 @@ def check_tensor(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> None:
     for field in ("num_heads", "intermediate_size"):
         if getattr(cfg, field) % mesh.shape["tensor"]:
             raise UserError(f"config.mesh.tensor={mesh.shape['tensor']} does not divide {field}={getattr(cfg, field)}")
+
+
+def check_context(config: ConfigDict, context: int) -> None:
+    """UserError where the mesh's axis `context` cannot share out the length of rows."""
+    if packing.LENGTH_MULTIPLE % context:
+        raise UserError(
+            f"config.mesh.context={context} does not divide {packing.LENGTH_MULTIPLE}: rows have a multiple of "
+            f"{packing.LENGTH_MULTIPLE} tokens, and the context axis spreads them evenly"
+        )
+    for name in config.stages:
+        if config[name].row_length % context:
+            raise UserError(
+                f"config.{name}.row_length={config[name].row_length} is no multiple of config.mesh.context={context}"
+            )
 
 
 def initial_params(config: ConfigDict, made: Setup) -> Any:

@@ -105,11 +105,17 @@ def default_memory() -> float:
 
 
 def evaluator_mesh(mesh: Mesh, group_size: int) -> Mesh:
-    """The experiment's devices with as many of its batch shards as divide the group turned to the snapshot axis."""
-    shards = sharding.batch_shards(mesh)
-    snapshot = math.gcd(group_size, shards)
-    sizes = {"snapshot": snapshot, "data": 1, "fsdp": shards // snapshot, "tensor": mesh.shape["tensor"]}
-    return sharding.make_mesh(**sizes, devices=list(mesh.devices.flat))
+    """The experiment's devices, but for the tensor axis shared out anew: as many as divide the group make the snapshot
+    axis, the others share out parameters and rows. Slices lie along the snapshot axis where they can.
+    """
+    devices = list(mesh.devices.flat)
+    slices, tensor = sharding.slice_count(devices), mesh.shape["tensor"]
+    others = len(devices) // tensor
+    snapshot = math.gcd(group_size, others)
+    if snapshot % slices:
+        snapshot = math.gcd(group_size, others // slices)
+    sizes = dict.fromkeys(sharding.MESH_AXES, 1) | {"snapshot": snapshot, "fsdp": others // snapshot, "tensor": tensor}
+    return sharding.as_mesh(sharding.device_grid(sizes, devices, across=("snapshot", "fsdp")))
 
 
 def stacked_shardings(model: Model, mesh: Mesh) -> Any:
