@@ -26,7 +26,7 @@ from vdjax.models.config import ModelConfig
 from vdjax.planning import programs
 from vdjax.planning.programs import Plan, Work
 from vdjax.progress import say
-from vdjax.setup import check_tensor
+from vdjax.setup import check_context, check_tensor
 from vdjax.snapshots import schedule
 
 REMATS = ("none", "dots", "full")
@@ -86,6 +86,7 @@ def work_of(flags: argparse.Namespace, config: ConfigDict) -> Work:
     mesh = sharding.make_mesh(**mesh_of(flags.mesh, config.mesh), devices=devices)
     cfg = shape_of(config)
     check_tensor(cfg, mesh)
+    check_context(config, mesh.shape["context"])
     steps = stage.max_steps or 1000
     count = flags.snapshots or len(
         schedule(steps, log_spaced=stage.snapshots.log_spaced, every=stage.snapshots.every)

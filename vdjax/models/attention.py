@@ -82,9 +82,9 @@ def attention(
       sequence_ids: None where no segment has responses that are blind to each other.
       query_chunk: queries a block; a block reads only the keys up to its end and is recomputed in the backward pass,
         so that no [length, length] array exists and about half of the work is saved. 0 is one block, kept.
-      kernels: on TPU, the splash kernels instead (`vdjax.models.splash`), where they take rows of this length.
+      kernels: on TPU, the splash kernels instead (`vdjax.models.splash`).
     """
-    if kernels and splash.fits(q.shape[1]):
+    if kernels:
         return splash.attention(q, k, v, segment_ids, sequence_ids)
     sequence_ids = jnp.zeros_like(segment_ids) if sequence_ids is None else sequence_ids
     batch, length, heads, dim = q.shape

@@ -28,33 +28,46 @@ KEYS = ("batch", "heads_act", None, None)  # ... and of keys and values, whole r
 BLOCKS = (512, 256, 128)  # tokens a tile of the kernels; the first that divides a device's part of a row
 
 
-def fits(length: int) -> bool:
-    return any(length // parts_of("length", length) % block == 0 for block in BLOCKS)
-
-
-@jax.custom_vjp
 def attention(
     q: Float[Array, "batch length heads dim"],
     k: Float[Array, "batch length kv_heads dim"],
     v: Float[Array, "batch length kv_heads dim"],
     segment_ids: Int[Array, "batch length"],
     sequence_ids: Int[Array, "batch length"] | None,
+    *,
+    interpret: bool = False,
 ) -> Float[Array, "batch length heads dim"]:
-    """What `vdjax.models.attention.attention` computes, by the kernels, forward and backward."""
-    return forward(q, k, v, segment_ids, sequence_ids)[0]
+    """What `vdjax.models.attention.attention` computes, by the kernels, forward and backward.
+
+    Rows that no tile divides are padded for the kernels.
+    """
+    length = q.shape[1]
+    short = -length % (BLOCKS[-1] * parts_of("length", length))
+
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0), (0, short), *[(0, 0)] * (x.ndim - 2)]) if short else x
+
+    arrays = jax.tree.map(padded, (q, k, v, segment_ids, sequence_ids))
+    return _attention(interpret, *arrays)[:, :length]
 
 
-def _keep(*arrays: Any) -> tuple[Array, tuple[Any, ...]]:
-    out, lse = forward(*arrays)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(interpret: bool, *arrays: Any) -> Array:
+    return forward(*arrays, interpret=interpret)[0]
+
+
+def _keep(interpret: bool, *arrays: Any) -> tuple[Array, tuple[Any, ...]]:
+    out, lse = forward(*arrays, interpret=interpret)
     return out, (*arrays, out, lse)
 
 
-def _pull_back(saved: tuple[Any, ...], cotangent: Array) -> tuple[Array | None, ...]:
+def _pull_back(interpret: bool, saved: tuple[Any, ...], cotangent: Array) -> tuple[Array | None, ...]:
     q, k, v, segment_ids, sequence_ids, out, lse = saved
-    return *backward(q, k, v, segment_ids, sequence_ids, out, lse, cotangent), None, None
+    grads = backward(q, k, v, segment_ids, sequence_ids, out, lse, cotangent, interpret=interpret)
+    return *grads, None, None
 
 
-attention.defvjp(_keep, _pull_back)
+_attention.defvjp(_keep, _pull_back)
 
 
 def forward(
