@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,11 +14,11 @@ import pytest
 import tiny
 
 from vdjax import chips, plan
-from vdjax.config import experiment
+from vdjax.config import experiment, stage
 from vdjax.errors import UserError
 from vdjax.models.config import from_hf, num_params, published
 from vdjax.planning import hlo, operations
-from vdjax.planning.programs import PROGRAMS
+from vdjax.planning.programs import PROGRAMS, Work
 
 
 @pytest.fixture(scope="module")
@@ -222,10 +223,25 @@ def test_published_models_are_known_by_their_hub_ids() -> None:
 
 def test_a_mesh_is_read_from_a_flag() -> None:
     default = experiment().mesh
-    assert plan.mesh_of("", default) == {"data": 1, "fsdp": -1, "tensor": 1}
+    assert plan.mesh_of("", default) == {"data": 1, "fsdp": -1, "context": 1, "tensor": 1}
     assert plan.mesh_of("fsdp=-1,tensor=4", default) == {"fsdp": -1, "tensor": 4}
     for text, message in {"fsd=4": "did you mean 'fsdp'", "fsdp=four": "expected AXIS=N"}.items():
         with pytest.raises(UserError, match=message):
             plan.mesh_of(text, default)
 
 
+
+
+def test_a_search_tries_layouts_that_share_the_rows_out() -> None:
+    c = experiment()
+    c.dpo = stage("dpo", batch_size=64, max_length=96)
+    mesh: Any = SimpleNamespace(size=16, shape={"data": 1, "fsdp": 16})
+    work = Work(c, "dpo", from_hf(tiny.SHAPES["llama"], where="tiny"), mesh, chips.CHIPS["v5e"], 96, 64, 8)
+    tried = list(plan.candidates(work))
+    assert len(tried) == len({str(each) for each in tried}) > 20
+    for sizes, remat, rows in tried:
+        assert np.prod(list(sizes.values())) == 16 and 2 % sizes["tensor"] == 0  # two key/value heads
+        assert remat in ("none", "dots", "full") and 64 % rows == 0 and rows % (sizes["data"] * sizes["fsdp"]) == 0
+    # Of each layout the largest microbatch comes first: where it fits, no smaller one is tried.
+    firsts = {(str(sizes), remat): rows for sizes, remat, rows in reversed(tried)}
+    assert set(firsts.values()) == {64}
