@@ -35,7 +35,7 @@ def test_weights_spread_over_eight_devices_are_gathered_layer_by_layer(results: 
     (gather,) = results["gathered"]["collectives"]
     assert (gather["kind"], gather["over"]) == ("all-gather", ["fsdp"])
     # Each device sends its eighth of every layer's 64 x 64 float32 weights to seven others.
-    assert gather["bytes"] == 3 * 64 * 64 * 4 * 7 / 8
+    assert gather["sent"] == 3 * 64 * 64 * 4 * 7 / 8
 
 
 def test_parameters_and_moments_are_an_eighth_a_device(results: dict[str, Any]) -> None:
