@@ -79,22 +79,26 @@ def read_kept(file: Path, *keys: str) -> dict[str, Any]:
     return value
 
 
-def kept_lines(file: Path) -> list[dict[str, Any]]:
+def kept_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
     """The objects in a JSONL file that vdjax adds to; without what comes after the last whole line.
 
     Raises:
-      UserError: a file that is missing, or a damaged line.
+      UserError: a file that is missing, or a line that is damaged or without one of `keys`.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     try:
         content = file.read_bytes()
     except OSError as error:
         raise UserError(f"{file}: cannot be read back: {error}") from error
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            rows.append(dict(parse_json(line)))
-        except (ValueError, TypeError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise UserError(f"{file}:{number}: cannot be read back: {error}") from error
+        if not isinstance(row, dict) or not row.keys() >= set(keys):
+            expected = f"an object with {', '.join(keys)}" if keys else "an object"
+            raise UserError(f"{file}:{number}: cannot be read back: expected {expected}, found {row!r}")
+        rows.append(row)
     return rows
 
 
