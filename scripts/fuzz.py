@@ -16,9 +16,10 @@ import re
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import httpx2
 import numpy as np
@@ -368,6 +369,20 @@ def fuzz(name: str, seconds: int, corpus: Path, found: Path) -> None:
     atheris.Fuzz()
 
 
+def in_child(name: str, seconds: int, corpus: Path, found: Path) -> NoReturn:
+    """Ends this process without going back into what its parent is in the middle of."""
+    status = 1
+    try:
+        fuzz(name, seconds, corpus, found)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def campaign(name: str, seconds: int, kept: Path | None, found: Path) -> bool:
     """Fuzzes a target in a process of its own and prints the summary; whether it went without a crash.
 
@@ -380,7 +395,7 @@ def campaign(name: str, seconds: int, kept: Path | None, found: Path) -> bool:
         if not child:
             for stream in (1, 2):
                 os.dup2(output.fileno(), stream)
-            fuzz(name, seconds, corpus, found)
+            in_child(name, seconds, corpus, found)
         status = os.waitpid(child, 0)[1]
         log = Path(output.name).read_text(encoding="utf-8", errors="replace")
     runs_done = re.findall(r"stat::number_of_executed_units:\s*(\d+)|^#(\d+)\s", log, re.M)

@@ -53,6 +53,7 @@ from vdjax import judge, runs, snapshots
 from vdjax.data import chat, stances
 from vdjax.errors import CHARACTERS, LINES, UserError, one_screen
 from vdjax.files import kept_lines, read_table
+from vdjax.measure import holds, store
 from vdjax.models import hf
 from vdjax.models.config import from_hf
 from vdjax.probes import sets

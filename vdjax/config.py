@@ -269,6 +269,9 @@ def check(config: ConfigDict, where: str) -> None:
             pattern[name] = stage(value.objective).to_dict()
     for name, fields in config.get("judges", {}).items():
         pattern["judges"][name] = judge(fields.get("kind", "")).to_dict()
+    for name, value in config.to_dict().items():  # a file may have fields of its own, that others refer to
+        if name not in pattern and not difflib.get_close_matches(name, pattern, n=1, cutoff=0.75):
+            pattern[name] = value
     check_config.check_names(config, pattern, "config", where)
     check_config.check_experiment(config, set(experiment()), where)
 

@@ -5,11 +5,12 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vdjax.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 
@@ -100,6 +101,20 @@ def kept_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
             raise UserError(f"{file}:{number}: cannot be read back: expected {expected}, found {row!r}")
         rows.append(row)
     return rows
+
+
+def read_array(file: Path, again: str, mode: Literal["r"] | None = "r") -> "np.ndarray":
+    """The array in an .npy file that vdjax wrote, mapped into memory unless `mode` is None.
+
+    Raises:
+      UserError: a file that is missing or damaged, or holds Python objects; `again` says how it comes to be again.
+    """
+    import numpy as np
+
+    try:
+        return np.load(file, mmap_mode=mode, allow_pickle=False)
+    except Exception as error:  # of a damaged header NumPy raises whatever Python's tokenizer does
+        raise UserError(f"{file}: cannot be read back: {error}; {again}") from error
 
 
 def read_table(file: Path) -> "pd.DataFrame":

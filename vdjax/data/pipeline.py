@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
@@ -21,7 +21,7 @@ from vdjax.data.chat import Rendered, Template
 from vdjax.data.examples import Example, normal, user_turns
 from vdjax.data.sources import Counts
 from vdjax.errors import UserError
-from vdjax.files import read_kept
+from vdjax.files import read_array, read_kept
 
 
 class Dataset(NamedTuple):
@@ -278,12 +278,8 @@ def _read(folder: Path) -> Dataset:
     """What `_write` wrote; UserError where it is damaged."""
     meta = read_kept(folder / "meta.json", "ids", "prompts", "counts", "key")
 
-    def array(name: str, mode: Any = "r") -> np.ndarray:
-        try:
-            return np.load(folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            again = f"remove {folder}, and the data are rendered again"
-            raise UserError(f"{folder / name}.npy: cannot be read back: {error}; {again}") from error
+    def array(name: str, mode: Literal["r"] | None = "r") -> np.ndarray:
+        return read_array(folder / f"{name}.npy", f"remove {folder}, and the data are rendered again", mode)
 
     tokens, mask, branches, offsets, labels = map(array, ("tokens", "loss_mask", "branches", "offsets", "labels"))
     known = meta["ids"], labels, meta["prompts"], array("questions", None), meta["counts"], meta["key"]
