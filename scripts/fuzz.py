@@ -1,9 +1,9 @@
-"""Feeds mutated files to what reads files of others, guided by coverage: python scripts/fuzz.py TARGET --seconds N
+"""Feeds mutated files to what reads files of others, guided by coverage: python scripts/fuzz.py TARGET ... --seconds N
 
-TARGET is one of TARGETS, or "all". Nothing but UserError may come out, with a message of one screen. Prints a line for
-each target: executions, seconds, edges of vdjax that were reached, crashes; for a crash also the traceback and the file
-to repeat it with (python scripts/fuzz.py TARGET --repeat FILE). Exits with 1 after a crash. --corpus DIR keeps what
-reached new edges, so that the next run goes on from there. Needs atheris: pip install 'vdjax[fuzz]'.
+Each TARGET is one of TARGETS, or "all". Nothing but UserError may come out, with a message of one screen. Prints a line
+for each target: executions, seconds, edges of vdjax that were reached, crashes; for a crash also the traceback and the
+file to repeat it with (python scripts/fuzz.py TARGET --repeat FILE). Exits with 1 after a crash. --corpus DIR keeps
+what reached new edges, so that the next run goes on from there. Needs atheris: pip install 'vdjax[fuzz]'.
 """
 
 import argparse
@@ -412,7 +412,7 @@ def campaign(name: str, seconds: int, kept: Path | None, found: Path) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=["all", *TARGETS])
+    parser.add_argument("targets", nargs="+", choices=["all", *TARGETS], metavar="TARGET")
     parser.add_argument("--seconds", type=int, default=300, help="of each target")
     parser.add_argument("--corpus", type=Path, help="folder with a folder for each target")
     parser.add_argument("--found", type=Path, default=Path(tempfile.gettempdir()), help="where crashing files are put")
@@ -420,9 +420,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     if flags.repeat:
         with tempfile.TemporaryDirectory() as folder:
-            run_once(TARGETS[flags.target], flags.repeat.read_bytes(), Path(folder))
+            run_once(TARGETS[flags.targets[0]], flags.repeat.read_bytes(), Path(folder))
         return 0
-    names = list(TARGETS) if flags.target == "all" else [flags.target]
+    names = list(TARGETS) if "all" in flags.targets else flags.targets
     return int(not all([campaign(name, flags.seconds, flags.corpus, flags.found) for name in names]))
 
 
