@@ -270,7 +270,8 @@ def check(config: ConfigDict, where: str) -> None:
     for name, fields in config.get("judges", {}).items():
         pattern["judges"][name] = judge(fields.get("kind", "")).to_dict()
     for name, value in config.to_dict().items():  # a file may have fields of its own, that others refer to
-        if name not in pattern and not difflib.get_close_matches(name, pattern, n=1, cutoff=0.75):
+        near = [known for known in pattern if abs(len(known) - len(name)) <= 2]
+        if name not in pattern and not difflib.get_close_matches(name, near, n=1, cutoff=0.75):
             pattern[name] = value
     check_config.check_names(config, pattern, "config", where)
     check_config.check_experiment(config, set(experiment()), where)
