@@ -98,6 +98,16 @@ def test_rows_that_the_context_axis_does_not_divide(write: Path) -> None:
         check_context(config, 3)
 
 
+def test_a_file_may_have_fields_of_its_own(write: Path) -> None:
+    """As placeholders that other fields refer to; but for those spelt nearly like a field there is."""
+    text = write.read_text()
+    write.write_text(text.replace("c.stages", "c.hh = 'd.jsonl'\n    c.judge_quality_file = ''\n    c.stages"))
+    assert configs.load(str(write)).hh == "d.jsonl"
+    write.write_text(text.replace("c.stages", "c.sedes = (1, 2)\n    c.stages"))
+    with pytest.raises(UserError, match=r"mine.py: config.sedes is no field; did you mean 'seeds'"):
+        configs.load(str(write))
+
+
 def test_files_that_are_none(write: Path) -> None:
     with pytest.raises(UserError, match=r"min.py: no such file; did you mean '.*mine.py'"):
         configs.load(str(write.parent / "min.py"))

@@ -24,12 +24,12 @@ import jax
 import pandas as pd
 
 from vdjax import config as configs
-from vdjax import runtime, sharding
+from vdjax import runs, runtime, sharding
 from vdjax.cli import run_cli
 from vdjax.data import stances
 from vdjax.data.examples import Counts
 from vdjax.errors import UserError
-from vdjax.files import json_objects, write_whole
+from vdjax.files import json_objects, read_table, write_whole
 from vdjax.judges import LABELS, Exchange, Judge, human
 from vdjax.judges.open import judge_of_flags, open_judge
 from vdjax.probes import score_table, sets
@@ -92,8 +92,8 @@ def write_run_sheet(workdir: Path, file: Path, n: int, seed: int) -> None:
     said = sorted((workdir / "responses").glob("*.parquet"))
     if not said:
         raise UserError(f"--run {workdir}: has no responses; give its config the readout open_ended")
-    probes = json.loads((workdir / "config.json").read_text())["config"]["probes"]["path"]
-    table = pd.concat([pd.read_parquet(one) for one in said], ignore_index=True)
+    probes = runs.read_config(workdir / "config.json").probes.path
+    table = pd.concat([read_table(one) for one in said], ignore_index=True)
     exchanges, _ = score_table.exchanges(table, sets.load(probes))
     rows = human.write_sheet(exchanges, file, n or len(exchanges), seed)
     say(f"wrote {file}: {rows} responses to label with one of {', '.join(LABELS)}")

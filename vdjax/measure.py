@@ -1,7 +1,6 @@
 """From snapshots to scores: every probe is asked, responses are judged, and the workdir keeps all of it."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pandas as pd
+import pyarrow
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
@@ -17,7 +17,7 @@ from vdjax import config as configs
 from vdjax import hosts, runs
 from vdjax.data import stances
 from vdjax.errors import UserError
-from vdjax.files import write_whole
+from vdjax.files import read_kept, read_table, write_whole
 from vdjax.judges import LABELS, Exchange, Judge, Verdicts, quality
 from vdjax.judges.local import check_fits
 from vdjax.judges.open import check_judge, check_key, open_judge
@@ -119,7 +119,7 @@ def ask(
                 if not holds(kept, asked_hash=key):
                     found = read(config, made, asked, part).assign(asked_hash=key)
                     store(found.drop_duplicates([c for c in found if c not in MEASURED], ignore_index=True), kept)
-                tables.append(pd.read_parquet(kept))
+                tables.append(read_table(kept))
             store(pd.concat([start, *tables], ignore_index=True), file)
         drop_parts(file)
 
@@ -152,7 +152,7 @@ def drop_parts(file: Path) -> None:
 
 def first_snapshot(parent: Path, series: Series) -> pd.DataFrame:
     """What the parent's last snapshot answered, as the answers of the first snapshot of a series."""
-    table = pd.read_parquet(parent)
+    table = read_table(parent)
     return table[table["step"] == table["step"].max()].assign(stage=series.stage, step=series.steps[0])
 
 
@@ -215,14 +215,14 @@ def judge(config: ConfigDict, made: Setup, asked: Questions, stages: Sequence[st
         # The replies of an API are kept as they come, and labels of people cost no time.
         by_step = config.judges[name].kind == "local"
         for stage in stages:
-            said = pd.read_parquet(workdir / "responses" / f"{stage}.parquet")
+            said = read_table(workdir / "responses" / f"{stage}.parquet")
             exchanges, keys = score_table.exchanges(said, asked.probes)
             repeats = config.judges[name].get("repeats", 1)
             key = digest((exchanges, keys.to_numpy().tolist(), repeats))
             file = workdir / "judgements" / name / f"{stage}.parquet"
             if holds(file, judge_hash=opened.hash, judged_hash=key):
                 say(f"{stage}: judged by {name} already")
-                recall(known, exchanges, keys, pd.read_parquet(file))
+                recall(known, exchanges, keys, read_table(file))
             else:
                 say(f"{stage}: {name} judges {len(exchanges)} of {len(said)} responses; the others are degenerate")
                 steps = sorted(set(keys["step"]))
@@ -232,7 +232,7 @@ def judge(config: ConfigDict, made: Setup, asked: Questions, stages: Sequence[st
                     mine, theirs = [exchanges[i] for i in places], keys.iloc[places].reset_index(drop=True)
                     kept = parts_of(file) / f"{'-'.join(map(str, part))}.parquet"
                     if by_step and holds(kept, judge_hash=opened.hash, judged_hash=key):
-                        tables.append(pd.read_parquet(kept))
+                        tables.append(read_table(kept))
                         recall(known, mine, theirs, tables[-1])
                         continue
                     tables.append(judged(opened, mine, theirs, repeats, steps).assign(judged_hash=key))
@@ -306,7 +306,7 @@ def judge_quality(config: ConfigDict, made: Setup, workdir: Path) -> None:
     file = workdir / "quality" / "quality.json"
 
     def measured() -> bool:
-        return file.exists() and json.loads(file.read_text())["judge_hash"] == opened.hash
+        return file.exists() and read_kept(file, "judge_hash")["judge_hash"] == opened.hash
 
     if hosts.by_first("a look for the judge's quality", measured):
         return say(f"{c.stage}: measured as a judge already")
@@ -333,7 +333,7 @@ def read(config: ConfigDict, asked: Questions, stages: Sequence[str], workdir: P
     """All readouts of these stages, in the order of the config's."""
 
     def tables(folder: Path) -> pd.DataFrame:
-        return pd.concat([pd.read_parquet(folder / f"{stage}.parquet") for stage in stages], ignore_index=True)
+        return pd.concat([read_table(folder / f"{stage}.parquet") for stage in stages], ignore_index=True)
 
     said, verdicts, parts = pd.DataFrame(), pd.DataFrame(), []
     if asked.items:
@@ -378,9 +378,13 @@ def holds(file: Path, **wanted: str) -> bool:
     """Whether a table is there with one value in each of these columns, the wanted one."""
 
     def look() -> bool:
-        if not file.exists() or not set(wanted) <= set(pq.read_schema(file).names):
+        try:
+            if not file.exists() or not set(wanted) <= set(pq.read_schema(file).names):
+                return False
+            table = pd.read_parquet(file, columns=list(wanted))
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            say(f"{file}: is damaged ({error}), and made again")
             return False
-        table = pd.read_parquet(file, columns=list(wanted))
         return all(set(table[name]) <= {value} for name, value in wanted.items())
 
     return hosts.by_first(f"a look into {file.parent.name}/{file.name}", look)

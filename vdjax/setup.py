@@ -59,8 +59,13 @@ def setup(config: ConfigDict) -> Setup:
         cfg = model_config.named(named) if named else model_config.from_hf(shape, where="config.model.shape")
         ids = {name: getattr(tok, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         hf_config = model_config.to_hf(cfg, dtype=config.model.param_dtype, **ids)
-    if len(tok) > cfg.vocab_size:
-        raise UserError(f"the tokenizer has {len(tok)} tokens, the model a vocabulary of {cfg.vocab_size}")
+    if (last := tokenizer.last_id(tok)) >= cfg.vocab_size:
+        text = tok.convert_ids_to_tokens(last)
+        raise UserError(
+            f"{config.tokenizer.path or directory}: the tokenizer has {len(tok)} tokens, the last {text!r} with the id "
+            f"{last}, but {directory or 'config.model'} a vocabulary of {cfg.vocab_size}: vocab_size must be at least "
+            f"{last + 1}, or the tokenizer is that of another model"
+        )
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     check_tensor(cfg, mesh)
     check_context(config, mesh.shape["context"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vdjax.errors import UserError
+from vdjax.files import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ def load(path_or_id: str | Path, revision: str | None = None) -> PreTrainedToken
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    directory = Path(path_or_id).expanduser()
+    directory = local_path(path_or_id)
     if not directory.is_dir():
         directory = _download(str(path_or_id), revision)
     try:
@@ -45,6 +46,11 @@ def load(path_or_id: str | Path, revision: str | None = None) -> PreTrainedToken
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer: {path_or_id} has no fast tokenizer, and only those give character offsets")
     return tokenizer
+
+
+def last_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id of a token: of vocabularies with gaps it is beyond their length."""
+    return max(tokenizer.get_vocab().values(), default=-1)
 
 
 def _download(repo: str, revision: str | None) -> Path:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vdjax.errors import UserError, nearest
+from vdjax.files import local_path
 from vdjax.judges.verdicts import LABELS, Exchange, Judge, Verdicts
 
 COLUMNS = (*Exchange._fields, "label", "graded", "annotator")
@@ -42,7 +43,7 @@ def open_human(name: str, fields: Mapping[str, Any]) -> Judge:
     Raises:
       UserError: see `read_labels`.
     """
-    file = Path(fields["path"]).expanduser()
+    file = local_path(fields["path"])
     labels = read_labels(file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from vdjax.errors import UserError
+from vdjax.files import local_path, parse_json
 from vdjax.models.config import ModelConfig
 from vdjax.models.transformer import Params, abstract
 
@@ -54,8 +55,8 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
     Raises:
       UserError: neither a directory nor a model that the hub gives out.
     """
-    if Path(path_or_id).expanduser().is_dir():
-        return Path(path_or_id).expanduser()
+    if local_path(path_or_id).is_dir():
+        return local_path(path_or_id)
     name = str(path_or_id)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such directory")
@@ -383,7 +384,7 @@ def _open(path: Path) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
