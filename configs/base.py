@@ -66,7 +66,7 @@ def experiment(arg: str, sizes: dict[str, str], chat_template: str, preference: 
     c.model.remat = "full"  # the memory of one layer's activations, for a third more work
     c.model.query_chunk = 512  # no [length, length] array of attention weights
     c.tokenizer.chat_template = chat_template
-    c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # parameters spread over all devices
+    c.mesh.fsdp = -1  # parameters spread over all devices
     c.probes.readouts = ("statement", "options")
     c.resume_every = 200  # three times a snapshot's bytes each; the last two are kept
     c.log_every = 10

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from vdjax import config as configs
 from vdjax.errors import UserError
+from vdjax.setup import check_context
 
 
 @pytest.fixture
@@ -69,6 +70,8 @@ def test_files_arguments_and_overrides(write: Path) -> None:
         ("--config.stages=()", "config.stages is empty"),
         ("--config.sft.init_from=dpo", r"config.sft.init_from='dpo' is no earlier stage"),
         ("--config.sft.optimizer.schedule=cosin", r"config.sft.optimizer.schedule='cosin'; did you mean 'cosine'"),
+        ("--config.sft.optimizer.name=adafact", r"config.sft.optimizer.name='adafact'; did you mean 'adafactor'"),
+        ("--config.dpo.optimizer.moment_dtype=float16", r"moment_dtype='float16'; did you mean 'bfloat16'"),
         ("--config.model.remat=half", r"config.model.remat='half'; valid: none, dots, full"),
         ("--config.dpo.data.truncation=left", r"config.dpo.data.truncation='left'"),
     ],
@@ -76,6 +79,33 @@ def test_files_arguments_and_overrides(write: Path) -> None:
 def test_what_an_override_may_not_say(write: Path, flag: str, match: str) -> None:
     with pytest.raises(UserError, match=match):
         configs.load(str(write), [flag])
+
+
+def test_what_adafactor_has_not(write: Path) -> None:
+    for flag in ("b1=0.5", "b2=0.99", "eps=1e-6", "moment_dtype=bfloat16"):
+        flags = ["--config.sft.optimizer.name=adafactor", f"--config.sft.optimizer.{flag}"]
+        with pytest.raises(UserError, match=f"optimizer.{flag[:2]}.* is of adamw alone; adafactor has none"):
+            configs.load(str(write), flags)
+    assert configs.load(str(write), flags[:1]).sft.optimizer.name == "adafactor"
+
+
+def test_rows_that_the_context_axis_does_not_divide(write: Path) -> None:
+    config = configs.load(str(write), ["--config.dpo.row_length=72"])
+    check_context(config, 8)
+    with pytest.raises(UserError, match="config.dpo.row_length=72 is no multiple of config.mesh.context=16"):
+        check_context(config, 16)
+    with pytest.raises(UserError, match="config.mesh.context=3 does not divide 64: rows have a multiple of 64 tokens"):
+        check_context(config, 3)
+
+
+def test_a_file_may_have_fields_of_its_own(write: Path) -> None:
+    """As placeholders that other fields refer to; but for those spelt nearly like a field there is."""
+    text = write.read_text()
+    write.write_text(text.replace("c.stages", "c.hh = 'd.jsonl'\n    c.judge_quality_file = ''\n    c.stages"))
+    assert configs.load(str(write)).hh == "d.jsonl"
+    write.write_text(text.replace("c.stages", "c.sedes = (1, 2)\n    c.stages"))
+    with pytest.raises(UserError, match=r"mine.py: config.sedes is no field; did you mean 'seeds'"):
+        configs.load(str(write))
 
 
 def test_files_that_are_none(write: Path) -> None:

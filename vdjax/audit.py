@@ -11,7 +11,6 @@ were trained on against their drift. --study does what --run does for every run 
 """
 
 import argparse
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from vdjax.data.examples import Example
 from vdjax.drift import gaps
 from vdjax.drift.scores import POOLED
 from vdjax.errors import UserError
-from vdjax.files import as_path
+from vdjax.files import as_path, read_table
 from vdjax.judges import LABELS, Exchange, Judge
 from vdjax.probe import STAGE
 from vdjax.probes import sets
@@ -303,7 +302,7 @@ def write(audited: Audit, workdir: Path, run: Path | None) -> None:
     """Writes WORKDIR/audit, and says what is in it; beside the drift of the run, where there is one."""
     for note in audited.notes:
         say(note)
-    drift = pd.read_csv(run / "drift" / "drift.csv") if run else None
+    drift = read_table(run / "drift" / "drift.csv") if run else None
     against = gaps.against_drift(audited.values, audited.gaps, drift) if drift is not None else None
     tables = {"hits.parquet": audited.hits, "values.csv": audited.values, "gaps.csv": audited.gaps}
     tables["found.csv"] = audited.found
@@ -333,7 +332,7 @@ def run_config(workdir: Path) -> ConfigDict:
     file = workdir / "config.json"
     if not file.exists():
         raise UserError(f"--run {workdir}: no config.json there; expected the workdir of a run")
-    return ConfigDict(json.loads(file.read_text())["config"])
+    return runs.read_config(file)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ __all__ = [
 
 BACKOFF_S = 1.0  # before the first retry; doubled for each further one
 LONGEST_WAIT_S = 600.0  # a server that asks for more is given up
+MOST_TOKENS = 10**9  # that a server may say one call took
 
 
 class Reply(NamedTuple):
@@ -149,7 +150,11 @@ def _known(db: sqlite3.Connection, names: Sequence[str]) -> dict[str, Reply]:
     for name in dict.fromkeys(names):
         row = db.execute("SELECT reply FROM replies WHERE request = ?", (name,)).fetchone()
         if row:
-            known[name] = Reply(*json.loads(row[0]))
+            try:
+                known[name] = Reply(*json.loads(row[0]))
+            except (ValueError, TypeError) as error:
+                damaged = f"the reply to {name} is damaged ({error}); delete its row, and it is asked for again"
+                raise sqlite3.DatabaseError(damaged) from error
     return known
 
 
@@ -307,7 +312,7 @@ def _hold(line: _Line, response: httpx2.Response, message: str) -> float | None:
             seconds = float(text)
         else:
             seconds = max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
     if seconds > LONGEST_WAIT_S:
         raise UserError(f"{message}; it asks to come back in {seconds:.0f} s")
@@ -322,6 +327,8 @@ def _parse(response: httpx2.Response, where: str, key: str) -> Reply:
         choice = content["choices"][0]
         message, usage = choice["message"], content.get("usage") or {}
         text = message.get("content") or message.get("refusal") or ""
+        if not isinstance(text, str):
+            raise TypeError("content is no text")
         first = ((choice.get("logprobs") or {}).get("content") or [None])[0]
         top: dict[str, float] | None = None
         if first is not None and first.get("top_logprobs"):
@@ -329,8 +336,11 @@ def _parse(response: httpx2.Response, where: str, key: str) -> Reply:
             for entry in first["top_logprobs"]:  # likeliest first; tokens that are parts of a character look alike
                 top.setdefault(str(entry["token"]), float(entry["logprob"]))
         counts = [int(usage.get(name, -1)) for name in ("prompt_tokens", "completion_tokens")]
-        return Reply(str(text), str(choice.get("finish_reason")), top, counts[0], counts[1])
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        if max(counts) > MOST_TOKENS:
+            raise ValueError("usage is no number of tokens")
+        whole = text.encode("utf-8", "replace").decode()  # half of a surrogate pair would be no text
+        return Reply(whole, str(choice.get("finish_reason")), top, counts[0], counts[1])
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError):
         raise _Unavailable(f"{where}: the reply is no chat completion: {_server_message(response, key)}") from None
 
 
@@ -339,7 +349,7 @@ def _server_message(response: httpx2.Response, key: str) -> str:
         content = response.json()
         error = content.get("error", content)
         text = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         text = response.text
     return _clean(text, key) or response.reason_phrase
 

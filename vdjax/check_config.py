@@ -1,6 +1,8 @@
 """What no experiment can mean: values and combinations that are refused before any work is done."""
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -15,6 +17,7 @@ CHOICES = {
     "remat": ("none", "dots", "full"),
     "param_dtype": ("float32", "bfloat16"),
     "compute_dtype": ("float32", "bfloat16"),
+    "moment_dtype": ("float32", "bfloat16"),
     "schedule": ("cosine", "linear", "constant"),
     "truncation": ("response_end", "oldest_turns"),
     "assistant_turns": ("all", "last"),
@@ -26,7 +29,13 @@ CHOICES = {
     "value_model": ("separate", "shared"),
 }
 
+OPTIMIZERS = ("adamw", "adafactor")
+OF_ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "moment_dtype": "float32"}  # fields and their defaults
+
+OPEN_ENDED = (".options.", ".shape.", ".extra.", ".template_options.")
+
 MINIMUM = {
+    "seed": 0,
     **dict.fromkeys(("resume_every", "log_every", "head_chunk", "batch_size", "epochs", "max_length"), 1),
     **dict.fromkeys(("eval_examples", "eval_every", "row_length", "microbatch_rows", "max_steps", "query_chunk"), 0),
     **dict.fromkeys(("log_spaced", "every", "max_examples", "skip_examples", "max_per_topic", "memory_gb", "rows"), 0),
@@ -36,11 +45,30 @@ MINIMUM = {
 }
 
 
+def open_ended(where: str) -> bool:
+    """Whether a group of fields, or one that it lies in, holds whatever it is given."""
+    return any(group in f"{where}." for group in OPEN_ENDED)
+
+
+def check_names(config: ConfigDict, pattern: Mapping[str, Any], where: str, path: str) -> None:
+    """UserError for a field that `pattern`, a group with all the fields there are, has not."""
+    for name, value in config.items():
+        key = f"{where}.{name}"
+        if name not in pattern:
+            raise UserError(f"{path}: {key} is no field{nearest(name, pattern)}")
+        if isinstance(value, ConfigDict) and not open_ended(key):
+            if not isinstance(pattern[name], Mapping):
+                raise UserError(f"{path}: {key}: expected {type(pattern[name]).__name__}, found a group of fields")
+            check_names(value, pattern[name], key, path)
+
+
 def check_experiment(config: ConfigDict, taken: Collection[str], path: str) -> None:
     """Refuses what no experiment can mean, before any work is done; `taken` are names that no stage may have."""
     if not config.stages:
         raise UserError(f"{path}: config.stages is empty; it lists the names of the stages to run")
     for i, name in enumerate(config.stages):
+        if not isinstance(name, str):
+            raise UserError(f"{path}: config.stages[{i}]={name!r}, expected the name of a stage")
         if name not in config or not isinstance(config[name], ConfigDict):
             raise UserError(f"{path}: stage {name!r} has no field config.{name} = stage(...)")
         if name in taken:
@@ -60,6 +88,7 @@ def check_experiment(config: ConfigDict, taken: Collection[str], path: str) -> N
         if not part.data.path and not part.data.parts:
             raise UserError(f"{path}: config.{name}.data.path is empty; pass --config.{name}.data.path=FILE_OR_ID")
         check_hyper(part.objective, part.hyper.to_dict())
+        _check_optimizer(part.optimizer, f"{path}: config.{name}.optimizer")
         if OBJECTIVES[part.objective].kind == "rollout":
             _check_rollout(config, name, path)
         if OBJECTIVES[part.objective].kind == "reward" and part.snapshots.probe:
@@ -70,7 +99,10 @@ def check_experiment(config: ConfigDict, taken: Collection[str], path: str) -> N
     def walk(node: ConfigDict, where: str) -> None:
         for name, value in node.items():
             if isinstance(value, ConfigDict):
-                walk(value, f"{where}.{name}")
+                if not open_ended(f"{where}.{name}"):
+                    walk(value, f"{where}.{name}")
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{path}: {where}.{name}={value!r}, expected a finite number")
             elif name in MINIMUM and value < MINIMUM[name]:
                 raise UserError(f"{path}: {where}.{name}={value!r}, expected at least {MINIMUM[name]}")
             elif name in CHOICES and value not in CHOICES[name]:
@@ -78,6 +110,14 @@ def check_experiment(config: ConfigDict, taken: Collection[str], path: str) -> N
 
     walk(config, "config")
     check_probes(config, path)
+
+
+def _check_optimizer(optimizer: ConfigDict, where: str) -> None:
+    if optimizer.name not in OPTIMIZERS:
+        raise UserError(f"{where}.name={optimizer.name!r}{nearest(optimizer.name, OPTIMIZERS)}")
+    for field, default in OF_ADAMW.items():
+        if optimizer.name != "adamw" and optimizer[field] != default:
+            raise UserError(f"{where}.{field}={optimizer[field]!r} is of adamw alone; {optimizer.name} has none")
 
 
 def check_probes(config: ConfigDict, path: str) -> None:
@@ -91,6 +131,9 @@ def check_probes(config: ConfigDict, path: str) -> None:
     trained = config.judge_quality.stage
     if trained and trained not in config.stages:
         raise UserError(f"{path}: config.judge_quality.stage={trained!r} is no stage{nearest(trained, config.stages)}")
+    for i, seed in enumerate(config.seeds):
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise UserError(f"{path}: config.seeds[{i}]={seed!r}, expected a whole number, at least 0")
     if len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"{path}: config.seeds={config.seeds} holds a seed twice")
 

@@ -5,18 +5,21 @@ A config is a Python file with `get_config()` (or `get_config(arg)`, chosen as `
 """
 
 import ast
+import contextlib
 import difflib
 import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Iterable, Mapping
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
 from vdjax import check_config
+from vdjax.check_config import open_ended
 from vdjax.errors import UserError, nearest
 from vdjax.models import lora
 from vdjax.objectives import OBJECTIVES
@@ -48,7 +51,11 @@ def experiment() -> ConfigDict:
     c.tokenizer.template_options = ConfigDict({"enable_thinking": False})  # variables of the template where responses
     # are sampled (open_ended, vdjax.sample, vdjax.synthesize), if it has them
 
-    c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # -1: all devices that are left
+    c.mesh = ConfigDict()  # devices along each axis; one may be -1, which takes all that are left
+    c.mesh.data = 1  # rows spread, parameters whole; several TPU slices lie along it
+    c.mesh.fsdp = -1  # rows and parameters spread
+    c.mesh.context = 1  # the length of rows and parameters spread, for long rows
+    c.mesh.tensor = 1  # heads, MLP and vocabulary spread
 
     c.probes = ConfigDict()
     c.probes.path = "builtin"  # or a file: JSONL, JSON or CSV (vdjax.probes.sets)
@@ -187,13 +194,17 @@ def stage(objective: str, **fields: Any) -> ConfigDict:
     c.max_steps = 0  # 0: all epochs
 
     c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # or adafactor: factored second moments and no momentum, hardly any memory
     c.optimizer.learning_rate = 1e-5
     c.optimizer.schedule = "cosine"  # after warm-up: cosine, linear or constant
     c.optimizer.warmup = 0.1  # share of the steps
     c.optimizer.final = 0.0  # learning rate at the end, as a share of the peak
-    c.optimizer.b1 = 0.9
+    c.optimizer.b1 = 0.9  # this and the next three: of adamw
     c.optimizer.b2 = 0.999
     c.optimizer.eps = 1e-8
+    c.optimizer.moment_dtype = "float32"  # that both moments are kept in; bfloat16 halves their memory
+    c.optimizer.master = True  # of parameters kept in bfloat16: a float32 copy, in which small updates add up; without
+    # it a step rounds them once, and loses what is less than 1/512 of a parameter
     c.optimizer.weight_decay = 0.0  # not of norms and biases
     c.optimizer.clip_norm = 1.0  # 0: no clipping
 
@@ -208,14 +219,6 @@ def stage(objective: str, **fields: Any) -> ConfigDict:
     c.snapshots.probe = OBJECTIVES[objective].kind != "reward"  # a reward model answers nothing
     _merge(c, fields, f"stage({objective!r})")
     return c
-
-
-OPEN_ENDED = (".options.", ".shape.", ".extra.", ".template_options.")
-
-
-def open_ended(where: str) -> bool:
-    """Whether a group of fields, or one that it lies in, holds whatever it is given."""
-    return any(group in f"{where}." for group in OPEN_ENDED)
 
 
 def _merge(config: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
@@ -259,7 +262,18 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
 
 
 def check(config: ConfigDict, where: str) -> None:
-    """UserError for what no experiment can mean."""
+    """UserError for a field that there is not, and for what no experiment can mean."""
+    pattern: dict[str, Any] = experiment().to_dict()
+    for name, value in config.items():
+        if isinstance(value, ConfigDict) and value.get("objective") in OBJECTIVES:
+            pattern[name] = stage(value.objective).to_dict()
+    for name, fields in config.get("judges", {}).items():
+        pattern["judges"][name] = judge(fields.get("kind", "")).to_dict()
+    for name, value in config.to_dict().items():  # a file may have fields of its own, that others refer to
+        near = [known for known in pattern if abs(len(known) - len(name)) <= 2]
+        if name not in pattern and not difflib.get_close_matches(name, near, n=1, cutoff=0.75):
+            pattern[name] = value
+    check_config.check_names(config, pattern, "config", where)
     check_config.check_experiment(config, set(experiment()), where)
 
 
@@ -267,7 +281,7 @@ def read(spec: str) -> ConfigDict:
     """What `FILE.py[:ARG]` gives, unchecked.
 
     Raises:
-      UserError: no such file, or no `get_config`.
+      UserError: no such file, no `get_config`, or an error that the file raises, with its line.
     """
     path, _, arg = spec.partition(":")
     file = Path(path)
@@ -283,14 +297,34 @@ def read(spec: str) -> ConfigDict:
     root = next((p.parent for p in (folder, *folder.parents) if p.name == "configs"), folder.parent)
     sys.path.insert(0, str(root))
     try:
-        module_spec.loader.exec_module(module)
+        with _errors_of(file):
+            module_spec.loader.exec_module(module)
     finally:
         sys.path.pop(0)
     if not hasattr(module, "get_config"):
         raise UserError(f"{path}: has no function get_config()")
     if arg and not inspect.signature(module.get_config).parameters:
         raise UserError(f"--config {spec}: {path} takes no argument behind the colon")
-    return module.get_config(arg) if arg else module.get_config()
+    with _errors_of(file):
+        config = module.get_config(arg) if arg else module.get_config()
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path}: get_config() gave {type(config).__name__}, expected the ConfigDict of experiment()")
+    return config
+
+
+@contextlib.contextmanager
+def _errors_of(file: Path) -> Iterator[None]:
+    """Turns what a config file raises into a UserError with the line of the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        if isinstance(error, SyntaxError) and error.filename == str(file):
+            lines = [error.lineno]
+        place = f"{file}, line {lines[-1]}" if lines else f"{file}"
+        raise UserError(f"{place}: {type(error).__name__}: {error}") from error
 
 
 def override_only(config: ConfigDict, flags: Iterable[str], *groups: str) -> None:
@@ -315,7 +349,7 @@ def override(config: ConfigDict, flag: str) -> None:
         raise UserError(f"{flag}: unknown flag; fields of the config are set by --config.name=value")
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
     node = config
     for depth, name in enumerate(parts[1:], start=1):

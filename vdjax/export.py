@@ -89,7 +89,7 @@ def base_model(config: ConfigDict, name: str, workdir: Path, out: Path) -> tuple
     path = config.model.path
     if not path:
         raise UserError(f"--adapters: the base of stage {name} was made from a seed and is no model; leave it out")
-    local = as_path(path).expanduser()
+    local = as_path(path)
     base = str(absolute(local)) if local.is_dir() else path
     return base, config.model.revision or None, f"its base is {base}"
 

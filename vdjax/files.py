@@ -1,4 +1,4 @@
-"""Files of commands, on a disk or in a bucket: rows of JSON in, whole files out.
+"""Files that others wrote or that a workdir keeps, on a disk or in a bucket: JSON, tables and text in, whole files out.
 
 Paths on a disk are pathlib's. Those in a bucket, gs://BUCKET/..., are etils', which have the same methods. What the two
 cannot do alike is done here and nowhere else: an object in a bucket appears whole or not at all, but it cannot be added
@@ -13,16 +13,19 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 import fsspec
-import pandas as pd
 from etils import epath
 
 from vdjax.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
 
 UPLOAD_S = 60.0  # between two uploads of a file that grows
 
@@ -31,21 +34,31 @@ for _protocol in ("gs", "gcs"):
     fsspec.config.conf.setdefault(_protocol, {})["use_listings_cache"] = False
 
 
-def as_path(text: str | os.PathLike[str]) -> Path:
+def as_path(name: str | os.PathLike[str]) -> Path:
     """The path that a flag or config names: of a disk, or gs://BUCKET/... in Google Cloud Storage.
 
+    On a disk ~ and ~USER are replaced; that of an unknown user stays as it is.
+
     Raises:
-      UserError: another kind of URL, or a bucket without the package that reads buckets.
+      UserError: what no path can be, such as a name that is too long; another kind of URL, or a bucket without the
+        package that reads buckets.
     """
-    name = os.fspath(text)
-    scheme, is_url, _ = name.partition("://")
-    if not is_url:
-        return Path(name)
-    if scheme != "gs":
-        raise UserError(f"{name}: expected a path, or gs://BUCKET/... for a bucket")
-    if not importlib.util.find_spec("gcsfs"):
-        raise UserError(f"{name}: buckets need a package: pip install 'vdjax[tpu]', or gcsfs alone")
-    return cast(Path, epath.Path(name))
+    text = os.fspath(name)
+    scheme, is_url, _ = text.partition("://")
+    if is_url:
+        if scheme != "gs":
+            raise UserError(f"{text}: expected a path, or gs://BUCKET/... for a bucket")
+        if not importlib.util.find_spec("gcsfs"):
+            raise UserError(f"{text}: buckets need a package: pip install 'vdjax[tpu]', or gcsfs alone")
+        return cast(Path, epath.Path(text))
+    path = Path(text)
+    with suppress(RuntimeError):
+        path = path.expanduser()
+    try:
+        path.exists()
+    except OSError as error:
+        raise UserError(f"{text}: cannot be a path: {error.strerror}") from error
+    return path
 
 
 def in_bucket(path: Path) -> bool:
@@ -232,15 +245,119 @@ def local_copy(path: Path) -> Path:
     return kept
 
 
-def read_table(file: Path, columns: list[str] | None = None) -> pd.DataFrame:
-    """A Parquet file."""
-    with file.open("rb") as content:
-        return pd.read_parquet(content, columns=columns)
-
-
 def _transfer(source: Path, target: Path) -> None:
     with source.open("rb") as content, target.open("wb") as out:
         shutil.copyfileobj(content, out, 16 * 2**20)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, whose every refusal is a ValueError: too deep a nesting too, and numbers of too many digits."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def check_unicode(value: Any, where: str) -> None:
+    """UserError where a text in parsed JSON is none: half of a surrogate pair, as \\ud83d alone gives."""
+    if isinstance(value, str) and value.isascii():
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: holds a character that is no Unicode text: {error.reason}") from None
+
+
+def _text(file: Path) -> str:
+    """In UTF-8, with or without the mark that says so, which etils would keep."""
+    return io.TextIOWrapper(io.BytesIO(file.read_bytes()), encoding="utf-8-sig").read()
+
+
+def read_text(file: Path, what: str) -> str:
+    """A text file in UTF-8, with or without the mark that says so.
+
+    Raises:
+      UserError: a file that cannot be read; `what` is in front of its name.
+    """
+    try:
+        return _text(file)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what}: {file} is not UTF-8 text: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what}: {file} cannot be read: {error}") from error
+
+
+def read_kept(file: Path, *keys: str) -> dict[str, Any]:
+    """The JSON object in a file that vdjax wrote.
+
+    Raises:
+      UserError: a file that is missing, damaged or without one of `keys`.
+    """
+    try:
+        value = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read back: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: cannot be read back: expected a JSON object, found {type(value).__name__}")
+    for key in keys:
+        if key not in value:
+            raise UserError(f"{file}: cannot be read back: {key!r} is missing; found {', '.join(value) or 'nothing'}")
+    return value
+
+
+def kept_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
+    """The objects in a JSONL file that vdjax adds to; without what comes after the last whole line.
+
+    Raises:
+      UserError: a file that is missing, or a line that is damaged or without one of `keys`.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read back: {error}") from error
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: cannot be read back: {error}") from error
+        if not isinstance(row, dict) or not row.keys() >= set(keys):
+            expected = f"an object with {', '.join(keys)}" if keys else "an object"
+            raise UserError(f"{file}:{number}: cannot be read back: expected {expected}, found {row!r}")
+        rows.append(row)
+    return rows
+
+
+def read_array(file: Path, again: str, mode: Literal["r"] | None = "r") -> "np.ndarray":
+    """The array in an .npy file that vdjax wrote, mapped into memory unless `mode` is None.
+
+    Raises:
+      UserError: a file that is missing or damaged, or holds Python objects; `again` says how it comes to be again.
+    """
+    import numpy as np
+
+    try:
+        return np.load(local_copy(file), mmap_mode=mode, allow_pickle=False)
+    except Exception as error:  # of a damaged header NumPy raises whatever Python's tokenizer does
+        raise UserError(f"{file}: cannot be read back: {error}; {again}") from error
+
+
+def read_table(file: Path) -> "pd.DataFrame":
+    """A .parquet or .csv file that vdjax wrote.
+
+    Raises:
+      UserError: a file that is missing or damaged.
+    """
+    import pandas as pd
+    import pyarrow
+
+    read: Callable[[IO[bytes]], pd.DataFrame] = pd.read_parquet if file.suffix == ".parquet" else pd.read_csv
+    try:
+        with file.open("rb") as content:
+            return read(content)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        again = "remove it, and the command that wrote it writes it again"
+        raise UserError(f"{file}: cannot be read back: {error}; {again}") from error
 
 
 def json_objects(
@@ -257,7 +374,7 @@ def json_objects(
       UserError: a file that cannot be read or holds no row, or a line that is no object or has a field of `added`.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = _text(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {file}: cannot be read: {error}") from error
     if not text.strip():
@@ -267,11 +384,12 @@ def json_objects(
             continue
         where = f"{file}:{number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise UserError(f"{where}: is no JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected an object with {wanted}, found {type(row).__name__}")
         if taken := [name for name in added if name in row]:
             raise UserError(f"{where}: already has the field {taken[0]!r}, which would be overwritten")
+        check_unicode(row, where)
         yield where, row

@@ -1,6 +1,5 @@
 """What a workdir shows: from what was trained, asked and judged to the report."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from vdjax import config as configs
 from vdjax import measure, runs
 from vdjax.drift import report
 from vdjax.drift.evidence import Evidence
-from vdjax.files import as_path, read_table
+from vdjax.files import as_path, kept_lines, read_kept, read_table
 from vdjax.judges import Judge
 from vdjax.judges.prompts import read_template
 from vdjax.models import config as model_config
@@ -90,11 +89,11 @@ def evidence(
 ) -> Evidence:
     """What the report shows beside the scores."""
     files = {name: workdir / "audit" / f"{name}.csv" for name in AUDIT_TABLES}
-    audit = {name: pd.read_csv(file) for name, file in files.items() if file.exists()}
+    audit = {name: read_table(file) for name, file in files.items() if file.exists()}
     if (hits := workdir / "audit" / "hits.parquet").exists():
         audit["hits"] = read_table(hits)
     file = workdir / "drift" / "reseeded.csv"
-    reseeded = pd.read_csv(file) if file.exists() else None
+    reseeded = read_table(file) if file.exists() else None
     always: dict[str, Any] = {"reseeded": reseeded, "variants": asked.variants, "audit": audit}
     if found.responses.empty:
         return Evidence(**always)
@@ -107,7 +106,7 @@ def evidence(
 def judge_facts(config: ConfigDict, judge: Judge) -> dict[str, Any]:
     fields = config.judges[judge.name]
     shown = {name: fields[name] for name in ("kind", "path", "template", "model") if fields.get(name)}
-    quality = json.loads(as_path(fields.quality).read_text()) if fields.quality else None
+    quality = read_kept(as_path(fields.quality), "judge_hash") if fields.quality else None
     if quality and quality["judge_hash"] != judge.hash:
         say(f"{judge.name}: {fields.quality} is about another judge, so it is not shown")
         quality = None
@@ -138,7 +137,7 @@ def training_table(config: ConfigDict, workdir: Path) -> pd.DataFrame:
     rows = [
         (name, row["step"], metric, value)
         for name in config.stages
-        for row in map(json.loads, (workdir / name / "metrics.jsonl").read_text().splitlines())
+        for row in kept_lines(workdir / name / "metrics.jsonl", "step")
         for metric, value in row.items()
         if metric != "step"
     ]

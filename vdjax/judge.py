@@ -24,7 +24,7 @@ import jax
 import pandas as pd
 
 from vdjax import config as configs
-from vdjax import runtime, sharding
+from vdjax import runs, runtime, sharding
 from vdjax.cli import run_cli
 from vdjax.data import stances
 from vdjax.data.examples import Counts
@@ -92,7 +92,7 @@ def write_run_sheet(workdir: Path, file: Path, n: int, seed: int) -> None:
     said = sorted((workdir / "responses").glob("*.parquet"))
     if not said:
         raise UserError(f"--run {workdir}: has no responses; give its config the readout open_ended")
-    probes = json.loads((workdir / "config.json").read_text())["config"]["probes"]["path"]
+    probes = runs.read_config(workdir / "config.json").probes.path
     table = pd.concat([read_table(one) for one in said], ignore_index=True)
     exchanges, _ = score_table.exchanges(table, sets.load(probes))
     rows = human.write_sheet(exchanges, file, n or len(exchanges), seed)

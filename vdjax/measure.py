@@ -1,7 +1,6 @@
 """From snapshots to scores: every probe is asked, responses are judged, and the workdir keeps all of it."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pandas as pd
+import pyarrow
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
@@ -16,7 +16,7 @@ from vdjax import config as configs
 from vdjax import hosts, runs
 from vdjax.data import stances
 from vdjax.errors import UserError
-from vdjax.files import filling, read_table, remove_tree, write_whole
+from vdjax.files import filling, read_kept, read_table, remove_tree, write_whole
 from vdjax.judges import LABELS, Exchange, Judge, Verdicts, quality
 from vdjax.judges.local import check_fits
 from vdjax.judges.open import check_judge, check_key, open_judge
@@ -130,7 +130,7 @@ def held_at_once(
 
     All have one size, so that one program serves them; the last may name its last snapshot more than once.
     """
-    memory = config.probes.memory_gb * 1e9 or evaluator.default_memory()
+    memory = config.probes.memory_gb * 1e9
     copies *= mesh.shape["data"] if model.lora else 1
     groups = evaluator.groups(len(series.steps), model, memory, copies)
     return [
@@ -305,7 +305,7 @@ def judge_quality(config: ConfigDict, made: Setup, workdir: Path) -> None:
     file = workdir / "quality" / "quality.json"
 
     def measured() -> bool:
-        return file.exists() and json.loads(file.read_text())["judge_hash"] == opened.hash
+        return file.exists() and read_kept(file, "judge_hash")["judge_hash"] == opened.hash
 
     if hosts.by_first("a look for the judge's quality", measured):
         return say(f"{c.stage}: measured as a judge already")
@@ -378,12 +378,16 @@ def holds(file: Path, **wanted: str) -> bool:
     """Whether a table is there with one value in each of these columns, the wanted one."""
 
     def look() -> bool:
-        if not file.exists():
-            return False
-        with file.open("rb") as content:
-            if not set(wanted) <= set(pq.read_schema(content).names):
+        try:
+            if not file.exists():
                 return False
-        table = read_table(file, list(wanted))
+            with file.open("rb") as content, pq.ParquetFile(content) as kept:
+                if not set(wanted) <= set(kept.schema_arrow.names):
+                    return False
+                table = kept.read(list(wanted)).to_pandas()
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            say(f"{file}: is damaged ({error}), and made again")
+            return False
         return all(set(table[name]) <= {value} for name, value in wanted.items())
 
     return hosts.by_first(f"a look into {file.parent.name}/{file.name}", look)

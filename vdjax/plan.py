@@ -26,7 +26,7 @@ from vdjax.models.config import ModelConfig
 from vdjax.planning import programs
 from vdjax.planning.programs import Plan, Work
 from vdjax.progress import say
-from vdjax.setup import check_tensor
+from vdjax.setup import check_context, check_tensor
 from vdjax.snapshots import schedule
 
 REMATS = ("none", "dots", "full")
@@ -86,6 +86,7 @@ def work_of(flags: argparse.Namespace, config: ConfigDict) -> Work:
     mesh = sharding.make_mesh(**mesh_of(flags.mesh, config.mesh), devices=devices)
     cfg = shape_of(config)
     check_tensor(cfg, mesh)
+    check_context(config, mesh.shape["context"])
     steps = stage.max_steps or 1000
     count = flags.snapshots or len(
         schedule(steps, log_spaced=stage.snapshots.log_spaced, every=stage.snapshots.every)
@@ -128,7 +129,7 @@ def shape_of(config: ConfigDict) -> ModelConfig:
 def roofline(plan: Plan, work: Work) -> dict[str, float]:
     """Seconds a chip needs at its peaks for each kind of work of a program."""
     chip = work.chip
-    sent = sum(each.bytes for each in plan.collectives)
+    sent = sum(each.sent for each in plan.collectives)
     return {
         "matmuls": plan.tflops * 1e12 / chip.flops,
         "memory": plan.hbm_bytes / chip.hbm_bandwidth,
@@ -170,7 +171,7 @@ def of_program(name: str, plan: Plan, work: Work) -> Iterator[str]:
         return
     for each in plan.collectives:
         where = " and ".join(each.over) or "no axis"
-        yield f"  {each.kind} over {where}: {each.count:,.0f} times, {each.bytes / 1e9:.3g} GB sent"
+        yield f"  {each.kind} over {where}: {each.times:,.0f} times, {each.sent / 1e9:.3g} GB sent"
     times = roofline(plan, work)
     best, worst = max(times.values()), sum(times.values())
     yield f"  matmuls: {plan.tflops:.3g} TFLOP a chip, of which {plan.needed_tflops:.3g} are needed"
@@ -202,7 +203,9 @@ def as_json(flags: argparse.Namespace, work: Work, plans: Mapping[str, Plan]) ->
     out |= {"chips": work.mesh.size, "hbm_gib_of_chip": work.chip.hbm_gib}
     for name, plan in plans.items():
         fields = plan._asdict()
-        fields["collectives"] = [each._asdict() for each in plan.collectives]
+        fields["collectives"] = [
+            {"kind": each.kind, "over": each.over, "count": each.times, "bytes": each.sent} for each in plan.collectives
+        ]
         fields["largest"] = [{"gib": size, "array": what} for size, what in plan.largest]
         out[name] = fields | {"roofline_s": roofline(plan, work) if plan.fits else None}
     return out

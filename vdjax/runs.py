@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from vdjax import __version__, hosts, snapshots
 from vdjax import config as configs
 from vdjax.errors import UserError
-from vdjax.files import absolute, filling, write_whole
+from vdjax.files import absolute, filling, read_kept, write_whole
 from vdjax.models import hf, lora
 from vdjax.models.functional import Model, frozen_part, make_model, shardings
 from vdjax.objectives import OBJECTIVES
@@ -80,7 +80,23 @@ def calls(workdir: Path) -> Path:
 
 
 def done(workdir: Path, name: str) -> dict[str, Any]:
-    return json.loads((workdir / name / "done.json").read_text())
+    return read_kept(workdir / name / "done.json", "total_steps")
+
+
+def read_config(file: Path) -> ConfigDict:
+    """The config in WORKDIR/config.json.
+
+    Raises:
+      UserError: a file that is missing or damaged.
+    """
+    return ConfigDict(_config_of(file))
+
+
+def _config_of(file: Path) -> dict[str, Any]:
+    config = read_kept(file, "config")["config"]
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: cannot be read back: config is {type(config).__name__}, expected an object")
+    return config
 
 
 class Opened(NamedTuple):
@@ -122,7 +138,7 @@ def locate(snapshot: Path) -> tuple[ConfigDict, str, Path]:
     if snapshot.parent.name != "snapshots" or not file.exists():
         raise UserError(f"{snapshot}: expected WORKDIR/STAGE/snapshots/STEP")
     snapshots.open_reader(snapshot)
-    return ConfigDict(json.loads(file.read_text())["config"]), snapshot.parents[1].name, file.parent
+    return read_config(file), snapshot.parents[1].name, file.parent
 
 
 def claim(config: ConfigDict, workdir: Path, command: str) -> None:
@@ -140,7 +156,7 @@ def _claim(config: ConfigDict, workdir: Path, command: str) -> None:
     file = workdir / "config.json"
     mine = json.loads(configs.to_json(config))
     if file.exists():
-        theirs = json.loads(file.read_text())["config"]
+        theirs = _config_of(file)
         before, now = configs.flat(theirs), configs.flat(mine)
         differ = sorted(
             key
@@ -170,7 +186,7 @@ def _write_model_files(made: Setup, folder: Path) -> None:
     made.tokenizer.chat_template = made.template.text
     # The stop ids of the template that the model is trained with, which may end turns otherwise than its base did.
     source = made.directory / "generation_config.json" if made.directory else None
-    generation = json.loads(source.read_text()) if source and source.exists() else {}
+    generation = read_kept(source) if source and source.exists() else {}
     generation["eos_token_id"] = list(made.template.stop_ids)
     with filling(folder, "config.json") as out:
         made.tokenizer.save_pretrained(out)

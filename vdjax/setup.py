@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vdjax import sharding
-from vdjax.data import chat, tokenizer
+from vdjax.data import chat, packing, tokenizer
 from vdjax.errors import UserError
 from vdjax.models import config as model_config
 from vdjax.models import hf, transformer
@@ -59,10 +59,16 @@ def setup(config: ConfigDict) -> Setup:
         cfg = model_config.named(named) if named else model_config.from_hf(shape, where="config.model.shape")
         ids = {name: getattr(tok, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         hf_config = model_config.to_hf(cfg, dtype=config.model.param_dtype, **ids)
-    if len(tok) > cfg.vocab_size:
-        raise UserError(f"the tokenizer has {len(tok)} tokens, the model a vocabulary of {cfg.vocab_size}")
+    if (last := tokenizer.last_id(tok)) >= cfg.vocab_size:
+        text = tok.convert_ids_to_tokens(last)
+        raise UserError(
+            f"{config.tokenizer.path or directory}: the tokenizer has {len(tok)} tokens, the last {text!r} with the id "
+            f"{last}, but {directory or 'config.model'} a vocabulary of {cfg.vocab_size}: vocab_size must be at least "
+            f"{last + 1}, or the tokenizer is that of another model"
+        )
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     check_tensor(cfg, mesh)
+    check_context(config, mesh.shape["context"])
     return Setup(make_model(cfg, config.model), mesh, tok, template, hf_config, directory)
 
 
@@ -71,6 +77,20 @@ def check_tensor(cfg: ModelConfig, mesh: jax.sharding.Mesh) -> None:
     for field in ("num_heads", "intermediate_size"):
         if getattr(cfg, field) % mesh.shape["tensor"]:
             raise UserError(f"config.mesh.tensor={mesh.shape['tensor']} does not divide {field}={getattr(cfg, field)}")
+
+
+def check_context(config: ConfigDict, context: int) -> None:
+    """UserError where the mesh's axis `context` cannot share out the length of rows."""
+    if packing.LENGTH_MULTIPLE % context:
+        raise UserError(
+            f"config.mesh.context={context} does not divide {packing.LENGTH_MULTIPLE}: rows have a multiple of "
+            f"{packing.LENGTH_MULTIPLE} tokens, and the context axis spreads them evenly"
+        )
+    for name in config.stages:
+        if config[name].row_length % context:
+            raise UserError(
+                f"config.{name}.row_length={config[name].row_length} is no multiple of config.mesh.context={context}"
+            )
 
 
 def initial_params(config: ConfigDict, made: Setup) -> Any:

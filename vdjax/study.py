@@ -25,7 +25,7 @@ from vdjax import config as configs
 from vdjax.cli import INTERRUPTED, run_cli
 from vdjax.drift import noise
 from vdjax.errors import UserError
-from vdjax.files import as_path, in_bucket, write_whole
+from vdjax.files import as_path, in_bucket, parse_json, read_table, write_whole
 from vdjax.progress import say
 from vdjax.studies import grid, merge
 from vdjax.train.loop import Interrupted
@@ -184,7 +184,7 @@ def write_reports(
 def reseeded(name: str, done: Mapping[str, ConfigDict], workdir: Path) -> str:
     """The drift of the experiments that differ from one in the seed alone, as CSV; empty where there is none."""
     others = [o for o, c in done.items() if o != name and alike(c) == alike(done[name])]
-    tables = [pd.read_csv(workdir / o / "drift" / "drift.csv").assign(seed=done[o].seed) for o in others]
+    tables = [read_table(workdir / o / "drift" / "drift.csv").assign(seed=done[o].seed) for o in others]
     return pd.concat(tables)[list(noise.RESEEDED)].to_csv(index=False) if tables else ""
 
 
@@ -200,8 +200,8 @@ def alike(config: ConfigDict) -> str:
 def finished(config: ConfigDict, folder: Path) -> bool:
     """Whether the experiment in `folder` ran to its report with just this config."""
     try:
-        return json.loads((folder / "finished.json").read_text())["config_hash"] == config_hash(config)
-    except FileNotFoundError:
+        return parse_json((folder / "finished.json").read_text())["config_hash"] == config_hash(config)
+    except (OSError, ValueError, LookupError, TypeError):  # damaged is not finished: its command writes it again
         return False
 
 

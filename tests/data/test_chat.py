@@ -323,6 +323,22 @@ def test_truncated_conversations(talk: list[str], response: str, room: int, trun
         assert not whole.loss_mask[len(out.tokens) : room].any()  # nothing scored was lost that had room
 
 
+@given(talks, st.integers(2, 90), st.sampled_from(chat.TRUNCATION))
+@settings(max_examples=100, deadline=None)
+def test_truncated_prompts(talk: list[str], room: int, truncation: str) -> None:
+    prompt, counts = messages(*talk), Counts()
+    whole = chat.prompt_ids(prompt, BYTES, CHATML)
+    out = chat.render_prompt(prompt, BYTES, CHATML, max_length=room, truncation=truncation, counts=counts, where="x")
+    last = chat.prompt_ids(prompt[-1:], BYTES, CHATML)
+    fits = len(whole if truncation == "response_end" else last) <= room
+    assert (out is not None) == fits and counts.dropped == ({} if fits else {"prompt_too_long": 1})
+    if out is None:
+        return
+    assert len(out.tokens) <= room and not out.loss_mask.any() and not out.branches.any()
+    assert list(out.tokens) == whole[len(whole) - len(out.tokens) :] and list(out.tokens[-len(last) :]) == last
+    assert counts.noted == ({"truncated_turns": 1} if len(out.tokens) < len(whole) else {})
+
+
 @given(st.lists(texts, min_size=2, max_size=4), texts, texts, st.integers(2, 90), st.sampled_from(chat.TRUNCATION))
 @settings(max_examples=120, deadline=None)
 def test_truncated_pairs(talk: list[str], chosen: str, rejected: str, room: int, truncation: str) -> None:

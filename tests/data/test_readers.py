@@ -4,10 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vdjax.data.readers import local_files, read_rows
 from vdjax.errors import UserError
 
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
 ROWS = [{"a": 1, "b": ["x", "y"]}, {"a": 2, "b": ["é"]}, {"a": 3, "b": []}]
 
 
@@ -67,6 +74,21 @@ def test_a_directory_with_splits_needs_one_named(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match="did you mean 'train_prefs'"):
         read_rows(str(tmp_path), split="train_pref")
+
+
+def test_a_directory_does_not_lead_out_of_itself(tmp_path: Path) -> None:
+    for folder in ("data/sub", "cache/snapshots/abc", "cache/blobs"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("outside.jsonl", "data/sub/a.jsonl", "cache/blobs/0123"):
+        (tmp_path / file).write_text(lines(ROWS))
+    (tmp_path / "data" / "inside.jsonl").symlink_to("sub/a.jsonl")
+    (tmp_path / "cache" / "snapshots" / "abc" / "b.jsonl").symlink_to("../../blobs/0123")
+    assert len(local_files(str(tmp_path / "data"))) == 2
+    assert len(list(read_rows(str(tmp_path / "cache" / "snapshots" / "abc")))) == len(ROWS)
+    (tmp_path / "data" / "train.jsonl").symlink_to("../outside.jsonl")
+    with pytest.raises(UserError, match=r"data/train.jsonl is a link out of .*data; to read it, name the file"):
+        read_rows(str(tmp_path / "data"))
+    assert len(list(read_rows(str(tmp_path / "data" / "train.jsonl")))) == len(ROWS)  # the user's own choice
 
 
 @pytest.mark.parametrize(
@@ -134,3 +156,32 @@ def test_hub_datasets_are_pinned_and_never_run_code(monkeypatch: pytest.MonkeyPa
     assert asked == {"path": "someone/dataset", "name": None, "revision": "abc", "split": "train", "data_dir": "part"}
     with pytest.raises(UserError, match="tset.*Should be one of"):
         read_rows("someone/dataset", revision="abc", split="tset")
+
+
+@given(st.lists(st.dictionaries(st.text(max_size=6), VALUES, max_size=3), max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_any_rows_come_back_from_every_text_format(tmp_path_factory: Any, rows: list[dict[str, Any]]) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "a.jsonl").write_text(lines(rows))
+    (folder / "raw.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    (folder / "a.json").write_text(json.dumps(rows))
+    with gzip.open(folder / "a.jsonl.gz", "wt", encoding="utf-8") as stream:
+        stream.write(lines(rows))
+    for file in sorted(folder.iterdir()):
+        found = list(read_rows(str(file)))
+        assert [row.data for row in found] == rows, file.name
+        assert [row.id for row in found] == [f"{file.name}:{i}" for i in range(len(rows))]
+
+
+@given(st.binary(max_size=80) | st.text(alphabet='{}[]",:\\ud83ae1\n ', max_size=40).map(str.encode))
+@settings(max_examples=60, deadline=None)
+def test_any_bytes_are_rows_or_a_user_error(tmp_path_factory: Any, content: bytes) -> None:
+    folder = tmp_path_factory.mktemp("bytes")
+    for name in ("a.jsonl", "a.json", "a.txt", "a.jsonl.gz", "a.parquet"):
+        (folder / name).write_bytes(content)
+        try:
+            found = list(read_rows(str(folder / name)))
+        except UserError as error:
+            assert name in str(error)
+        else:
+            assert all(isinstance(row.data, dict) for row in found)

@@ -1,8 +1,11 @@
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vdjax.errors import UserError
 from vdjax.judges import LABELS, Exchange
@@ -165,3 +168,17 @@ def test_bad_files_are_said(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_bytes(HEADER.encode() + "p,q,é,support,,\n".encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
         open_human("x", {"path": str(tmp_path / "labels.csv")})
+
+
+@given(st.lists(st.builds(Exchange, st.text(max_size=9), st.text(max_size=9), st.text(max_size=9)), min_size=1))
+@settings(max_examples=50, deadline=None)
+def test_any_texts_come_back_from_a_sheet(tmp_path_factory: Any, asked: list[Exchange]) -> None:
+    file = tmp_path_factory.mktemp("sheet") / "labels.csv"
+    write_sheet(asked, file, len(asked), seed=0)
+    with open(file, encoding="utf-8-sig", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    with open(file, "w", encoding="utf-8", newline="") as stream:
+        filled = csv.DictWriter(stream, COLUMNS)
+        filled.writeheader()
+        filled.writerows(row | {"label": "support"} for row in rows)
+    assert set(read_labels(file)) == {Exchange(*(" ".join(text.split()) for text in one)) for one in asked}

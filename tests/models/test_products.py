@@ -23,6 +23,16 @@ def test_values_and_gradients_are_those_of_the_plain_product(
             np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=tolerance * np.abs(want).max(), rtol=0)
 
 
+def test_one_matrix_for_all_of_a_batch() -> None:
+    """As the product of all rows in one axis, with which it shares gradients."""
+    rng = np.random.default_rng(2)
+    a, b, g = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 4, 5), (5, 2), (3, 4, 2)))
+    out, pull = jax.vjp(matmul, a, b)
+    want, flat = jax.vjp(lambda a, b: matmul(a.reshape(12, 5), b).reshape(3, 4, 2), a, b)
+    for got, wanted in zip((out, *pull(g)), (want, *flat(g)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_a_float32_result_is_pulled_back_by_products_in_bfloat16() -> None:
     """XLA multiplies mixed operands as float32, which is several times slower."""
 

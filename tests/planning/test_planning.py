@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,10 +14,11 @@ import pytest
 import tiny
 
 from vdjax import chips, plan
-from vdjax.config import experiment
+from vdjax.config import experiment, stage
 from vdjax.errors import UserError
 from vdjax.models.config import from_hf, num_params, published
 from vdjax.planning import hlo, operations
+from vdjax.planning.programs import PROGRAMS, Work
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def test_weights_spread_over_eight_devices_are_gathered_layer_by_layer(results: 
     (gather,) = results["gathered"]["collectives"]
     assert (gather["kind"], gather["over"]) == ("all-gather", ["fsdp"])
     # Each device sends its eighth of every layer's 64 x 64 float32 weights to seven others.
-    assert gather["bytes"] == 3 * 64 * 64 * 4 * 7 / 8
+    assert gather["sent"] == 3 * 64 * 64 * 4 * 7 / 8
 
 
 def test_parameters_and_moments_are_an_eighth_a_device(results: dict[str, Any]) -> None:
@@ -48,20 +50,31 @@ def test_parameters_and_moments_are_an_eighth_a_device(results: dict[str, Any]) 
 
 
 def test_the_reference_needs_a_third_of_a_steps_products(results: dict[str, Any]) -> None:
-    for layout in ("fsdp", "tensor"):
-        programs = results[layout]
-        assert programs["reference"]["needed_tflops"] * 3 == pytest.approx(programs["train_step"]["needed_tflops"])
-        for found in programs.values():
-            assert found["tflops"] >= found["needed_tflops"] > 0
-            assert found["hbm_bytes"] > 0 and found["hbm_gib"] > sum(found["parts"].values()) * 0.99
+    found = results["tensor"]
+    assert found["reference"]["needed_tflops"] * 3 == pytest.approx(found["train_step"]["needed_tflops"])
+    for one in (found[name] for name in PROGRAMS):
+        assert one["tflops"] >= one["needed_tflops"] > 0
+        assert one["hbm_bytes"] > 0 and one["hbm_gib"] > sum(one["parts"].values()) * 0.99
 
 
 def test_no_collective_joins_snapshots(results: dict[str, Any]) -> None:
-    for layout in ("fsdp", "tensor"):
-        found = results[layout]["evaluator"]
-        assert "parameters of 8 snapshots" in found["parts"]
-        assert all("snapshot" not in each["over"] for each in found["collectives"])
-    assert any("tensor" in each["over"] for each in results["tensor"]["evaluator"]["collectives"])
+    found = results["tensor"]["evaluator"]
+    assert "parameters of 8 snapshots" in found["parts"] and found["mesh"]["snapshot"] == 4
+    assert all("snapshot" not in each["over"] for each in found["collectives"])
+    assert any("tensor" in each["over"] for each in found["collectives"])
+
+
+def test_a_plan_says_what_it_found(results: dict[str, Any]) -> None:
+    found = results["tensor"]
+    assert found["topology"] == "v5e:2x4" and found["chips"] == 8
+    assert found["mesh"]["fsdp"] == 4 and found["mesh"]["tensor"] == 2
+    for name in PROGRAMS:
+        assert found[name]["fits"] and found[name]["compile_s"] > 0 and found[name]["roofline_s"]["matmuls"] > 0
+        assert f"{name}: {found[name]['hbm_gib']:.2f} of 15.75 GiB a chip, fits" in found["text"]
+    assert "16 rows of 128 tokens a step, 8 at a time" in found["text"]
+    assert found["too_large"].count("DOES NOT FIT") == 4
+    for advice in ("dpo.microbatch_rows=4 (now 8)", "model.remat=dots (now none)", "model.compute_dtype=bfloat16"):
+        assert f"try --config.{advice}" in found["too_large"]
 
 
 # Counting
@@ -210,10 +223,25 @@ def test_published_models_are_known_by_their_hub_ids() -> None:
 
 def test_a_mesh_is_read_from_a_flag() -> None:
     default = experiment().mesh
-    assert plan.mesh_of("", default) == {"data": 1, "fsdp": -1, "tensor": 1}
+    assert plan.mesh_of("", default) == {"data": 1, "fsdp": -1, "context": 1, "tensor": 1}
     assert plan.mesh_of("fsdp=-1,tensor=4", default) == {"fsdp": -1, "tensor": 4}
     for text, message in {"fsd=4": "did you mean 'fsdp'", "fsdp=four": "expected AXIS=N"}.items():
         with pytest.raises(UserError, match=message):
             plan.mesh_of(text, default)
 
 
+
+
+def test_a_search_tries_layouts_that_share_the_rows_out() -> None:
+    c = experiment()
+    c.dpo = stage("dpo", batch_size=64, max_length=96)
+    mesh: Any = SimpleNamespace(size=16, shape={"data": 1, "fsdp": 16})
+    work = Work(c, "dpo", from_hf(tiny.SHAPES["llama"], where="tiny"), mesh, chips.CHIPS["v5e"], 96, 64, 8)
+    tried = list(plan.candidates(work))
+    assert len(tried) == len({str(each) for each in tried}) > 20
+    for sizes, remat, rows in tried:
+        assert np.prod(list(sizes.values())) == 16 and 2 % sizes["tensor"] == 0  # two key/value heads
+        assert remat in ("none", "dots", "full") and 64 % rows == 0 and rows % (sizes["data"] * sizes["fsdp"]) == 0
+    # Of each layout the largest microbatch comes first: where it fits, no smaller one is tried.
+    firsts = {(str(sizes), remat): rows for sizes, remat, rows in reversed(tried)}
+    assert set(firsts.values()) == {64}

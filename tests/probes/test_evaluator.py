@@ -114,6 +114,11 @@ def test_memory_for_no_snapshot_is_an_error() -> None:
         evaluator.groups(3, made, size_of(made) - 1)
 
 
+def test_where_little_is_free_one_snapshot_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator, "default_memory", lambda: 1.0)
+    assert evaluator.groups(3, tiny.model_without_params("qwen"), 0) == [[0], [1], [2]]
+
+
 def test_layout_holds_every_item_once() -> None:
     plan = evaluator.layout(ITEMS, 2)
     for item, (batch, row, first) in zip(ITEMS, plan.places, strict=True):

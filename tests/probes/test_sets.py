@@ -6,9 +6,10 @@ import re
 from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vdjax.errors import UserError
@@ -221,3 +222,22 @@ def test_what_a_response_is_judged_toward(tmp_path: Path) -> None:
     assert (sets.judged(known), sets.judged(unknown)) == ("Tea is bad.", "Is it?")
     with pytest.raises(UserError, match="probe 'c' has a polarity but no proposition"):
         sets.judged(nameless)
+
+
+CELLS = st.text(min_size=1, max_size=8).filter(lambda text: text == text.strip() and "\r" not in text)
+PROBES = st.builds(Probe, CELLS, CELLS, CELLS, st.sampled_from([-1, 0, 1]), CELLS, CELLS)
+
+
+@given(st.lists(PROBES, min_size=1, max_size=5, unique_by=lambda probe: probe.id))
+@settings(max_examples=50, deadline=None)
+def test_any_probes_come_back_from_every_format(tmp_path_factory: Any, made: list[Probe]) -> None:
+    folder = tmp_path_factory.mktemp("probes")
+    rows = [probe.__dict__ for probe in made]
+    write(folder / "p.jsonl", rows)
+    (folder / "p.json").write_text(json.dumps({"dev": rows[:2], "test": rows[2:]}))
+    with open(folder / "p.csv", "w", encoding="utf-8", newline="") as out:
+        table = csv.DictWriter(out, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    for file in sorted(folder.iterdir()):
+        assert sets.load(file) == made, file.name

@@ -46,7 +46,13 @@ def main() -> None:
     assert len(jax.devices()) == 8
     made, start = tiny.model("qwen")
     out = {"one": sample(made, start, sharding.make_mesh(devices=jax.devices()[:1]))}
-    for sizes in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "tensor": 2}):
+    layouts = (
+        {"fsdp": 8},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"data": 4, "tensor": 2},
+        {"data": 2, "context": 2, "tensor": 2},
+    )
+    for sizes in layouts:
         out[str(sizes)] = sample(made, start, sharding.make_mesh(**sizes))
     print(json.dumps(out))
 

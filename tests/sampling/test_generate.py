@@ -249,7 +249,7 @@ def test_eight_devices_give_the_tokens_of_one() -> None:
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     one = found.pop("one")
-    assert len(found) == 3 and len({tuple(row) for row in one["tokens"]}) == len(one["tokens"])
+    assert len(found) == 4 and len({tuple(row) for row in one["tokens"]}) == len(one["tokens"])
     assert len(set(one["lengths"])) > 1
     for many in found.values():
         assert many["tokens"] == one["tokens"] and many["lengths"] == one["lengths"]

@@ -35,6 +35,8 @@ def check(data: Mapping[str, Any], where: str) -> None:
                 raise UserError(f"{where}.parts[{i}].{name} is no field{nearest(name, PART_FIELDS + SHARE_FIELDS)}")
         if not part.get("path"):
             raise UserError(f"{where}.parts[{i}].path is empty; expected a file, directory or hub id")
+        if not isinstance(part["path"], str):
+            raise UserError(f"{where}.parts[{i}].path: expected a file, directory or hub id, found {part['path']!r}")
         if all(name in part for name in SHARE_FIELDS):
             raise UserError(f"{where}.parts[{i}]: give either fraction or count")
         fraction, count = part.get("fraction", 1.0), part.get("count", 1)

@@ -16,6 +16,8 @@ from jaxtyping import Int
 
 from vdjax.data.chat import Rendered
 
+LENGTH_MULTIPLE = 64  # of the row lengths that are chosen here
+
 
 class Shape(NamedTuple):
     """The static shape of all batches of a stage."""
@@ -52,8 +54,9 @@ def best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 def row_lengths(longest: int) -> list[int]:
     """Row lengths worth trying when the longest item has `longest` tokens: multiples of 64, shortest first."""
-    shortest = -(-longest // 64) * 64
-    return sorted({-(-int(shortest * factor) // 64) * 64 for factor in (1, 1.25, 1.5, 2, 3, 4)})
+    step = LENGTH_MULTIPLE
+    shortest = -(-longest // step) * step
+    return sorted({-(-int(shortest * factor) // step) * step for factor in (1, 1.25, 1.5, 2, 3, 4)})
 
 
 def row_cost(length: int) -> float:

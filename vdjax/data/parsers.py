@@ -1,8 +1,8 @@
 """The schemas of datasets: one parser each, from a row's columns to a prompt and its responses."""
 
-import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,15 +34,27 @@ def _text(value: object) -> str:
 
 
 def label_of(row: Mapping[str, Any], kind: str) -> float:
-    """`Example.label`: the column `label` of unpaired rows, the column `margin` of pairs, if there is one."""
+    """`Example.label`: the column `label` of unpaired rows, the column `margin` of pairs, if there is one.
+
+    Dropped 'missing_field', 'wrong_type' or 'not_finite'.
+    """
     if kind == "unpaired":
         if row.get("label") not in (True, False):
             raise Dropped("missing_field" if row.get("label") is None else "wrong_type")
         return float(row["label"])
-    margin = row.get("margin") if kind == "preference" else None
-    if margin is not None and not isinstance(margin, int | float):
+    return number_field(row, "margin") if kind == "preference" and row.get("margin") is not None else 0.0
+
+
+def number_field(row: Mapping[str, Any], key: str) -> float:
+    """A field that must be a finite number; Dropped 'missing_field', 'wrong_type' or 'not_finite'."""
+    value = row.get(key)
+    if value is None:
+        raise Dropped("missing_field")
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise Dropped("wrong_type")
-    return float(margin) if margin is not None and math.isfinite(margin) else 0.0
+    if not abs(value) <= sys.float_info.max:
+        raise Dropped("not_finite")
+    return float(value)
 
 
 def _messages(value: object) -> list[Message]:

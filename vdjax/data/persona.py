@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vdjax.data.examples import Counts, Dropped, Example, Message
-from vdjax.data.parsers import SIDES, text_field
+from vdjax.data.parsers import SIDES, number_field, text_field
 from vdjax.data.readers import Row
 from vdjax.data.sources import Spec
 from vdjax.errors import UserError, nearest
@@ -94,22 +94,13 @@ def _statements(rows: Iterator[Row], options: Spec, counts: Counts) -> list[Stat
                 raise Dropped("empty_response")
             if text in out:
                 raise Dropped("duplicate_statement")
-            if options.min_confidence and _confidence(row) < options.min_confidence:
+            if options.min_confidence and number_field(row.data, "label_confidence") < options.min_confidence:
                 raise Dropped("low_confidence")
         except Dropped as dropped:
             counts.drop(str(dropped), row.id)
             continue
         out[text] = Statement(row.id, text, side)
     return list(out.values())
-
-
-def _confidence(row: Row) -> float:
-    value = row.data.get("label_confidence")
-    if value is None:
-        raise Dropped("missing_field")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Dropped("wrong_type")
-    return float(value)
 
 
 def match_lengths(aligned: Sequence[Statement], others: Sequence[Statement]) -> list[tuple[Statement, Statement]]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
@@ -19,7 +19,7 @@ from vdjax.data.chat import Rendered, Template
 from vdjax.data.examples import Example, normal, user_turns
 from vdjax.data.sources import Counts
 from vdjax.errors import UserError
-from vdjax.files import facts, local_copy, making
+from vdjax.files import facts, making, read_array, read_kept
 
 
 class Dataset(NamedTuple):
@@ -171,11 +171,14 @@ def _render_all(stage: ConfigDict, kind: str, tokenizer: Any, template: Template
         found = list(itertools.islice(_rendered(examples, stage, kind, tokenizer, template, c), number))
         if number is not None and len(found) < number:
             found_in = f"{len(found)} usable ones in {shares[part]['path']}"
-            raise UserError("\n".join([f"data.parts[{part}]: {number} examples wanted, {found_in}", *c.lines()]))
+            found_in = "\n".join([found_in, *c.lines(), *c.meanings()])
+            raise UserError(f"data.parts[{part}]: {number} examples wanted, {found_in}")
         kept.append(found)
     if not any(kept):
         where = ", ".join(str(spec["path"]) for spec in specs(stage, kind))
-        raise UserError("\n".join([f"data: {where}: no example could be rendered", *_merged(counts, kept).lines()]))
+        merged = _merged(counts, kept)
+        lines = [f"data: {where}: no example could be rendered", *merged.lines(), *merged.meanings()]
+        raise UserError("\n".join(lines))
     if not shares:
         rendered, items, asked = zip(*kept[0], strict=True)
         return Content(list(rendered), list(items), list(asked), counts[0].as_dict())
@@ -265,15 +268,14 @@ def _write(content: Content, key: str, folder: Path) -> None:
 
 
 def _read(folder: Path) -> Dataset:
-    folder = local_copy(folder)
-    meta = json.loads((folder / "meta.json").read_text())
+    """What `_write` wrote; UserError where it is damaged."""
+    meta = read_kept(folder / "meta.json", "ids", "prompts", "counts", "key")
 
-    def array(name: str) -> np.ndarray:
-        return np.load(folder / f"{name}.npy", mmap_mode="r")
+    def array(name: str, mode: Literal["r"] | None = "r") -> np.ndarray:
+        return read_array(folder / f"{name}.npy", f"remove {folder}, and the data are rendered again", mode)
 
     tokens, mask, branches, offsets, labels = map(array, ("tokens", "loss_mask", "branches", "offsets", "labels"))
-    questions = np.load(folder / "questions.npy")
-    known = meta["ids"], labels, meta["prompts"], questions, meta["counts"], meta["key"]
+    known = meta["ids"], labels, meta["prompts"], array("questions", None), meta["counts"], meta["key"]
     return Dataset(tokens, mask, branches, offsets, *known)
 
 

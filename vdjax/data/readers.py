@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO, cast
 
 from vdjax.errors import UserError, nearest
-from vdjax.files import as_path, local_copy, under
+from vdjax.files import absolute, as_path, local_copy, parse_json, under
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".jsonl.gz", ".json.gz", ".txt.gz")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -38,8 +38,8 @@ def read_rows(
     directory. Hub: `revision` is required, `split` is "train" unless given, `name` is the dataset's config; no code
     of the dataset is ever run.
 
-    Raises UserError for missing files, unknown suffixes, lines that are no JSON object (with file and line number),
-    damaged files, and hub datasets that cannot be loaded.
+    Raises UserError for missing files, unknown suffixes, links out of a directory, lines that are no JSON object (with
+    file and line number), damaged files, and hub datasets that cannot be loaded.
     """
     files = _local_files(path, split)
     if not files:
@@ -61,10 +61,12 @@ def _local_files(path: str | Sequence[str], split: str | None) -> list[tuple[Pat
     if len(paths) != 1:
         if not paths:
             raise UserError("data: path is an empty list, expected at least one file")
-        files = [_existing(as_path(p).expanduser()) for p in paths]
+        files = [_existing(as_path(p)) for p in paths]
+        if twice := [str(f) for i, f in enumerate(files) if f in files[:i]]:
+            raise UserError(f"data: {twice[0]} is named twice, so that its rows would have the same ids")
         labels = [f.name for f in files] if len({f.name for f in files}) == len(files) else paths
         return list(zip(files, labels, strict=True))
-    local = as_path(paths[0]).expanduser()
+    local = as_path(paths[0])
     if local.is_dir():
         return _directory_files(local, split)
     if not local.exists() and HUB_ID.fullmatch(paths[0]) and not paths[0].endswith(SUFFIXES):
@@ -87,6 +89,13 @@ def _existing(file: Path) -> Path:
 
 def _directory_files(directory: Path, split: str | None) -> list[tuple[Path, str]]:
     files = sorted(f for f in under(directory) if f.name.endswith(SUFFIXES))
+    real = absolute(directory)
+    # In a cache of the hub the files of a snapshot are links to blobs beside all snapshots.
+    caches = (p.parent for p in (real, *real.parents) if p.name == "snapshots" and (p.parent / "blobs").is_dir())
+    root = next(caches, real)
+    for file in files:
+        if not absolute(file).is_relative_to(root):
+            raise UserError(f"data: {file} is a link out of {directory}; to read it, name the file itself")
     splits = {f: re.split(r"[-.]", f.name)[0] for f in files}
     if split:
         files = [f for f in files if splits[f] == split]
@@ -146,7 +155,9 @@ def _parquet_rows(file: Path, label: str) -> Iterator[Row]:
             for data in batch.to_pylist():
                 yield Row(f"{label}:{index}", data)
                 index += 1
-    except pyarrow.ArrowException as error:
+    except UnicodeDecodeError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the latter: dates beyond Python's
         raise UserError(f"data: cannot read {file} as Parquet: {error}") from error
 
 
@@ -169,9 +180,11 @@ def _json_rows(stream: TextIO, file: Path, label: str) -> Iterator[Row]:
         yield from _jsonl_rows(stream, file, label)
         return
     try:
-        rows = json.load(stream)
+        rows = parse_json(stream.read())
     except json.JSONDecodeError as error:
         raise UserError(f"data: {file}, line {error.lineno}: not JSON: {error.msg}") from error
+    except ValueError as error:
+        raise UserError(f"data: {file}: not JSON: {error}") from error
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"data: {file}, row {index}: expected an object, found {type(row).__name__}")
@@ -180,10 +193,12 @@ def _json_rows(stream: TextIO, file: Path, label: str) -> Iterator[Row]:
 
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except json.JSONDecodeError as error:
         problem = f"not JSON: {error.msg} (column {error.colno}); expected one object a line"
         raise UserError(f"data: {where}: {problem}") from error
+    except ValueError as error:
+        raise UserError(f"data: {where}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"data: {where}: expected an object with named fields, found {type(value).__name__}")
     return value

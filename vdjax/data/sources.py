@@ -3,16 +3,18 @@
 `load` picks a parser by the rows' source. A parser takes one row and returns (prompt, responses), or raises `Dropped`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher
 from itertools import chain, islice
+from pathlib import PurePath
 from typing import Any
 
 from vdjax.data.examples import Counts, Dropped, Example, Message
 from vdjax.data.parsers import KINDS, MADE_FROM, SIDES, SOURCES, Parser, kinds_of, label_of
 from vdjax.data.readers import Row, read_rows
-from vdjax.errors import UserError, nearest
+from vdjax.errors import LONGEST_NAME, UserError, listed, nearest
 
 __all__ = ["SOURCES", "Counts", "Example", "Message", "Spec", "load"]
 
@@ -58,6 +60,10 @@ PERSONA_ONLY = ("topic", "view", "align", "questions", "min_confidence")
 STANCES = ("stances", "stance-labels")
 RENDERING = ("truncation", "assistant_turns")
 WILDCHAT_ONLY = ("language", "drop_toxic", "drop_redacted")
+TEXTS = ("kind", "source", "revision", "split", "name", "data_dir", "topic", "view", "align", "language")
+LISTS = ("questions", "hold_out")  # of texts
+SWITCHES = ("drop_toxic", "drop_redacted")
+
 
 def load(spec: Mapping[str, Any], *, seed: int = 0, counts: Counts) -> Iterator[Example]:
     """Examples of a dataset, lazily and always in the same order.
@@ -120,7 +126,10 @@ def _counted(rows: Iterable[Row], counts: Counts) -> Iterator[Row]:
 
 def _options(spec: Mapping[str, Any]) -> Spec:
     valid = [f.name for f in fields(Spec)]
-    flat = {key: spec[key] for key in spec if key not in ("options", *RENDERING)} | dict(spec.get("options") or {})
+    nested = spec.get("options") or {}
+    if not isinstance(nested, Mapping):
+        raise UserError(f"data: options={nested!r}, expected a dict such as {{'topic': 'tea'}}")
+    flat = {key: spec[key] for key in spec if key not in ("options", *RENDERING)} | dict(nested)
     given = {key: value for key, value in flat.items() if value not in (None, "", ())}
     for key in given:
         if key not in valid:
@@ -128,6 +137,7 @@ def _options(spec: Mapping[str, Any]) -> Spec:
     for key in ("kind", "path"):
         if key not in given:
             raise UserError(f"data: {key!r} is missing")
+    _check_types(given)
     options = Spec(**given)
     if options.kind not in KINDS:
         raise UserError(f"data: kind={options.kind!r}{nearest(options.kind, KINDS)}")
@@ -136,10 +146,29 @@ def _options(spec: Mapping[str, Any]) -> Spec:
     if options.source != "auto" and options.kind not in kinds_of(SOURCES[options.source]):
         kinds = ", ".join(kinds_of(SOURCES[options.source]))
         raise UserError(f"data: source {options.source!r} gives {kinds} examples, but the stage needs {options.kind!r}")
-    for key in ("skip_examples", "max_examples"):
-        if not isinstance(given.get(key, 0), int) or given.get(key, 0) < 0:
-            raise UserError(f"data: {key}={given[key]!r}, expected a whole number, at least 0")
     return options
+
+
+def _check_types(given: Mapping[str, Any]) -> None:
+    def texts(value: Any) -> bool:
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
+
+    expected: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        **dict.fromkeys(TEXTS, ("text", lambda v: isinstance(v, str))),
+        **dict.fromkeys(LISTS, ("a list of texts", texts)),
+        **dict.fromkeys(SWITCHES, ("True or False", lambda v: isinstance(v, bool))),
+        **dict.fromkeys(("skip_examples", "max_examples"), ("a whole number, at least 0", _is_count)),
+        "path": ("a path, or a list of them", lambda v: isinstance(v, str | PurePath) or texts(v)),
+        "min_confidence": ("a number from 0 to 1", lambda v: isinstance(v, int | float) and 0 <= v <= 1),
+    }
+    for key, value in given.items():
+        wanted, fits = expected[key]
+        if not fits(value):
+            raise UserError(f"data: {key}={value!r}, expected {wanted}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def choose_source(options: Spec, head: Sequence[Row]) -> str:
@@ -152,19 +181,24 @@ def choose_source(options: Spec, head: Sequence[Row]) -> str:
     if matches:
         transcripts = isinstance(head[0].data.get("chosen"), str)
         return "hh-rlhf" if matches[0] == "chosen-rejected" and transcripts else matches[0]
-    closest = max(fitting, key=lambda name: _likeness(SOURCES[name].columns, columns))
+    short = [column for column in columns if len(column) <= LONGEST_NAME]
+    closest = max(fitting, key=lambda name: _likeness(SOURCES[name].columns, short))
     missing = [c for c in SOURCES[closest].columns if c not in columns]
     hints = "; ".join(f"no column {c!r}{nearest(c, columns)}" for c in missing)
     wanted = " | ".join(dict.fromkeys(", ".join(SOURCES[name].columns) for name in fitting))
     raise UserError(
-        f"data: {options.path}: found columns {', '.join(columns) or '(none)'}; "
+        f"data: {options.path}: found columns {listed(columns) or '(none)'}; "
         f"{options.kind} examples (source {options.source!r}) need {wanted}; nearest: {closest} ({hints})"
     )
 
 
 def _likeness(wanted: Sequence[str], found: Sequence[str]) -> float:
-    best = [max((SequenceMatcher(None, w, f).ratio() for f in found), default=0.0) for w in wanted]
-    return sum(best) / len(best)
+    return sum(_likest(w, tuple(found)) for w in wanted) / len(wanted)
+
+
+@functools.lru_cache(64)
+def _likest(wanted: str, found: tuple[str, ...]) -> float:
+    return max((SequenceMatcher(None, wanted, f).ratio() for f in found), default=0.0)
 
 
 def _refuse_foreign_options(options: Spec, source: str) -> None:
@@ -198,4 +232,4 @@ def _window(examples: Iterator[Example], options: Spec, counts: Counts) -> Itera
         found = True
         yield example
     if not found:
-        raise UserError("\n".join([f"data: no usable example in {options.path}", *counts.lines()]))
+        raise UserError("\n".join([f"data: no usable example in {options.path}", *counts.lines(), *counts.meanings()]))

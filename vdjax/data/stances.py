@@ -119,7 +119,7 @@ def labelled(
     found = _labelled_rows(read_rows(path), topics, (), seed, counts, training=False)
     out = [item for (_, item), _ in zip(found, range(n or 10**9), strict=False)]
     if not out:
-        raise UserError("\n".join([f"labelled stances: nothing usable in {path}", *counts.lines()]))
+        raise UserError("\n".join([f"labelled stances: nothing usable in {path}", *counts.lines(), *counts.meanings()]))
     return out
 
 

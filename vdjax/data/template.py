@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from vdjax.data.examples import Dropped, Message
 from vdjax.data.tokenizer import byte_characters
 from vdjax.errors import UserError, nearest
-from vdjax.files import as_path
+from vdjax.files import as_path, parse_json, read_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -91,7 +91,7 @@ def pick_template(
     elif name.endswith(".jinja"):
         if not as_path(name).is_file():
             raise UserError(f"template: no such file: {name}")
-        text = as_path(name).read_text(encoding="utf-8")
+        text = read_text(as_path(name), "template")
     else:
         raise UserError(f"template: {name!r} is no name and no .jinja file{nearest(name, ('auto', *TEMPLATES))}")
     text = _without_clock(text, name)
@@ -165,10 +165,14 @@ def _generation_stops(tokenizer: Tokenizer) -> list[int]:
     if not file.is_file():
         return []
     try:
-        value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
+        value = parse_json(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"tokenizer: {file} is no JSON object: {error}") from error
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
+    stops = [] if value is None else value if isinstance(value, list) else [value]
+    for stop in stops:
+        if not isinstance(stop, int) or isinstance(stop, bool) or tokenizer.convert_ids_to_tokens(stop) is None:
+            raise UserError(f"tokenizer: {file}: eos_token_id {stop!r} is the id of no token of the tokenizer")
+    return stops
 
 
 SAMPLE: tuple[Message, ...] = (
@@ -211,8 +215,6 @@ def template_text(
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """Messages as the template writes them; Dropped 'template_refuses' when it raises an error about their content."""
-    from jinja2 import TemplateError
-
     try:
         return str(
             tokenizer.apply_chat_template(
@@ -224,5 +226,5 @@ def template_text(
                 **options,
             )
         )
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except Exception as error:  # a template is a program: it can fail in any way
         raise Dropped("template_refuses") from error  # such as a system message where it knows none

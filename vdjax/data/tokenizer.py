@@ -34,7 +34,7 @@ def load(path_or_id: str | Path, revision: str | None = None) -> PreTrainedToken
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    directory = as_path(path_or_id).expanduser()
+    directory = as_path(path_or_id)
     directory = local_copy(directory) if directory.is_dir() else _download(str(path_or_id), revision)
     try:
         if (directory / "tokenizer.json").is_file():
@@ -45,6 +45,11 @@ def load(path_or_id: str | Path, revision: str | None = None) -> PreTrainedToken
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer: {path_or_id} has no fast tokenizer, and only those give character offsets")
     return tokenizer
+
+
+def last_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id of a token: of vocabularies with gaps it is beyond their length."""
+    return max(tokenizer.get_vocab().values(), default=-1)
 
 
 def _download(repo: str, revision: str | None) -> Path:

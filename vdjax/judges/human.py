@@ -43,7 +43,7 @@ def open_human(name: str, fields: Mapping[str, Any]) -> Judge:
     Raises:
       UserError: see `read_labels`.
     """
-    file = as_path(fields["path"]).expanduser()
+    file = as_path(fields["path"])
     labels = read_labels(file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 

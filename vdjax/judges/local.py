@@ -77,7 +77,7 @@ def open_local(name: str, fields: ConfigDict, mesh: jax.sharding.Mesh) -> Judge:
       UserError: no such model or template, or one whose answers the tokenizer cannot tell apart.
     """
     check_local(name, fields)
-    overrides = [f"--config.mesh.{axis}={mesh.shape[axis]}" for axis in ("data", "fsdp", "tensor")]
+    overrides = [f"--config.mesh.{axis}={mesh.shape[axis]}" for axis in ("data", "fsdp", "context", "tensor")]
     if fields.revision:
         overrides.append(f"--config.model.revision={fields.revision}")
     opened = open_model(fields.path, "auto", overrides)

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vdjax.errors import UserError, nearest
-from vdjax.files import as_path
+from vdjax.files import as_path, read_text
 from vdjax.judges.verdicts import LABELS, Exchange
 
 FOLDER = resources.files("vdjax.judges") / "templates"
@@ -53,14 +53,14 @@ def read_template(name: str) -> JudgeTemplate:
     if name.endswith(".toml"):
         if not as_path(name).is_file():
             raise UserError(f"judge template: no such file: {name}")
-        source = as_path(name).read_text(encoding="utf-8")
+        source = read_text(as_path(name), "judge template")
     elif name in names():
         source = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
     else:
         raise UserError(f"judge template {name!r} is no name and no .toml file{nearest(name, names())}")
     try:
         value = tomllib.loads(source)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"judge template {name}: is no TOML: {error}") from error
     for key in [*KEYS, *value]:
         if key not in value:
@@ -78,8 +78,8 @@ def read_template(name: str) -> JudgeTemplate:
     template = JudgeTemplate(name, value["chat"], value["letters"], value["prompt"], labels, source)
     try:
         probe = prompt_text(template, Exchange("_p_", "_q_", "_r_"), range(len(labels)))
-    except TemplateError as error:
-        raise UserError(f"judge template {name}: prompt: {error}") from error
+    except Exception as error:  # a template is a program: it can fail in any way
+        raise UserError(f"judge template {name}: prompt: {type(error).__name__}: {error}") from error
     for part in ("_p_", "_r_"):
         if part not in probe:
             raise UserError(f"judge template {name}: prompt must show {{{{ proposition }}}} and {{{{ response }}}}")
@@ -96,7 +96,7 @@ def _label(item: Any, where: str) -> Label:
     if item.get("label") not in LABELS:
         raise UserError(f"{where}: label={item.get('label')!r}{nearest(item.get('label'), LABELS)}")
     graded = item.get("graded")
-    if graded is not None and (isinstance(graded, bool) or not isinstance(graded, int | float) or abs(graded) > 1):
+    if graded is not None and (isinstance(graded, bool) or not isinstance(graded, int | float) or not abs(graded) <= 1):
         raise UserError(f"{where}: graded={graded!r}, expected a number in [-1, 1]")
     return Label(item["text"], item["label"], None if graded is None else float(graded))
 

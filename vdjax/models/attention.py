@@ -9,6 +9,7 @@ from vdjax.models import splash
 from vdjax.models.config import ModelConfig
 from vdjax.models.llama3 import scale_frequencies
 from vdjax.models.products import matmul
+from vdjax.sharding import constrain, parts_of
 
 MASKED = -1e30  # finite, so that padding, which sees nothing, gives finite outputs and gradients
 
@@ -74,44 +75,52 @@ def attention(
 ) -> Float[Array, "batch length heads dim"]:
     """Softmax attention with the visibility rule of `visible`; scores and softmax are float32.
 
-    Query head h attends with key/value head h // (heads / kv_heads).
+    Query head h attends with key/value head h // (heads / kv_heads). Where rows are spread over devices along their
+    length, each has the queries of its part and all keys and values.
 
     Args:
       sequence_ids: None where no segment has responses that are blind to each other.
       query_chunk: queries a block; a block reads only the keys up to its end and is recomputed in the backward pass,
         so that no [length, length] array exists and about half of the work is saved. 0 is one block, kept.
-      kernels: on TPU, the splash kernels instead (`vdjax.models.splash`), where they take rows of this length.
+      kernels: on TPU, the splash kernels instead (`vdjax.models.splash`).
     """
-    if kernels and splash.fits(q.shape[1]):
+    if kernels:
         return splash.attention(q, k, v, segment_ids, sequence_ids)
     sequence_ids = jnp.zeros_like(segment_ids) if sequence_ids is None else sequence_ids
     batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
+    kv_heads, parts = k.shape[2], parts_of("length", length)
+    each = length // parts  # queries a device
+    k, v = (constrain(x, ("batch", None, "kv_heads_act", None)) for x in (k, v))
     # The query heads of one key/value head lie side by side, so that each is one matrix product with no copy of k, v.
-    q = q.reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, parts, each, kv_heads, -1, dim).transpose(0, 3, 1, 4, 2, 5)
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
 
     def block(q: Array, k: Array, v: Array, bias: Array) -> Array:
         rows = q.reshape(batch, kv_heads, -1, dim)
         scores = matmul(rows, k, jnp.float32) * dim**-0.5
-        weights = jax.nn.softmax(scores.reshape(*q.shape[:-1], -1) + bias[:, None, None], axis=-1).astype(v.dtype)
+        weights = jax.nn.softmax(scores.reshape(*q.shape[:-1], -1) + bias[:, None, :, None], axis=-1).astype(v.dtype)
         return matmul(weights.reshape(*rows.shape[:-1], -1), v).reshape(q.shape)
 
     blocks = []
-    for start in range(0, length, query_chunk or length):
-        end = min(start + (query_chunk or length), length)
+    for start in range(0, each, query_chunk or each):
+        end = min(start + (query_chunk or each), each)
+        last = length - each + end  # of the keys that a query of the block may see
+
+        def of_block(x: Array, start: int = start, end: int = end) -> Array:
+            return x.reshape(-1, parts, each)[..., start:end].reshape(len(x), -1)
+
         mask = visible(
-            jnp.arange(start, end),
-            segment_ids[:, start:end],
-            sequence_ids[:, start:end],
-            segment_ids[:, :end],
-            sequence_ids[:, :end],
+            of_block(jnp.arange(length)[None])[0],
+            of_block(segment_ids),
+            of_block(sequence_ids),
+            segment_ids[:, :last],
+            sequence_ids[:, :last],
         )
-        bias = jnp.where(mask, 0.0, MASKED)
+        bias = jnp.where(mask, 0.0, MASKED).reshape(batch, parts, end - start, -1)
         apply = jax.checkpoint(block) if query_chunk else block
-        blocks.append(apply(q[..., start:end, :], k[..., :end], v[..., :end, :], bias))
-    out = jnp.concatenate(blocks, axis=3)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
+        blocks.append(apply(q[..., start:end, :], k[..., :last], v[..., :last, :], bias))
+    out = jnp.concatenate(blocks, axis=4)
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(batch, length, heads, dim)
 
 
 def cached_attention(

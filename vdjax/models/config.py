@@ -1,6 +1,7 @@
 """Model shapes: from a Hugging Face config.json (every field is used or refused), to one, or by name."""
 
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -52,6 +53,10 @@ MOE_FIELDS = _names("""
     num_experts num_local_experts num_experts_per_tok n_routed_experts n_shared_experts moe_intermediate_size
     decoder_sparse_step mlp_only_layers norm_topk_prob router_aux_loss_coef output_router_logits
 """)
+
+
+# What only a mistake in a config.json goes beyond: more layers or parameters than anyone has trained.
+MOST_LAYERS, MOST_PARAMETERS = 10_000, 10**14
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,13 @@ def check(cfg: ModelConfig, where: str) -> ModelConfig:
             f"{where}: num_attention_heads ({cfg.num_heads}) must be a multiple of num_key_value_heads "
             f"({cfg.num_kv_heads})"
         )
+    if cfg.num_layers > MOST_LAYERS:
+        raise UserError(f"{where}: num_hidden_layers is {cfg.num_layers}, expected at most {MOST_LAYERS}")
+    if num_params(cfg) > MOST_PARAMETERS:
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+        sizes = ", ".join(f"{name} {getattr(cfg, name)}" for name in names)
+        most = f"{num_params(cfg):.1e} parameters, expected at most {MOST_PARAMETERS:.0e}"
+        raise UserError(f"{where}: makes {most}: {sizes}")
     if cfg.head_dim % 2:
         raise UserError(f"{where}: head_dim must be even for rope, but is {cfg.head_dim}")
     if cfg.rope_scaling and cfg.rope_scaling.high_freq_factor <= cfg.rope_scaling.low_freq_factor:
@@ -229,11 +241,12 @@ def _family(fields: Mapping[str, Any], where: str, head: str) -> ModuleType:
     reward = {module.SCORE_ARCHITECTURE: module for module in FAMILIES.values()}
     wanted, other = (reward, language) if head == "score" else (language, reward)
     names = fields.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in wanted:
-        is_other = isinstance(names, list) and len(names) == 1 and names[0] in other
+    if names not in [[name] for name in wanted]:
+        is_other = names in [[name] for name in other]
         kinds = ("a language model", "a reward model") if head == "score" else ("a reward model", "a language model")
         hint = f", {kinds[0]} where {kinds[1]} is needed" if is_other else ""
         raise UserError(f"{where}: architectures is {names!r}{hint}; supported: {', '.join(wanted)}")
+    assert names
     family = wanted[names[0]]
     if fields.get("model_type", family.FAMILY) != family.FAMILY:
         raise UserError(f"{where}: model_type {fields['model_type']!r} does not go with architecture {names[0]!r}")
@@ -253,7 +266,8 @@ def _check_fields(fields: Mapping[str, Any], family: ModuleType, where: str, ign
             raise UserError(f"{where}: ignore_fields names {name!r}, which changes the numbers and cannot be ignored")
     if "quantization_config" in fields:
         raise UserError(f"{where}: quantization_config: quantised weights are not supported; use the full checkpoint")
-    if any(kind != "full_attention" for kind in fields.get("layer_types", ())):
+    layers = fields.get("layer_types", [])
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
         raise UserError(f"{where}: layer_types may hold only 'full_attention'; sliding windows are not supported")
     for name, value in fields.items():
         if name in only_values:
@@ -289,7 +303,8 @@ def _rope(fields: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | N
     if "rope_theta" in rope and fields.get("rope_theta", theta) != theta:
         raise UserError(f"{where}: rope_theta is {fields['rope_theta']} at the top and {theta} in {key}; keep one")
     rope.pop("rope_theta", None)
-    names = {"llama3": set(RopeScaling.__dataclass_fields__), "default": set()}.get(kind)
+    known: dict[str, set[str]] = {"llama3": set(RopeScaling.__dataclass_fields__), "default": set()}
+    names = known.get(kind) if isinstance(kind, str) else None
     if names is None:
         raise UserError(f"{where}: {key}: rope type {kind!r} is not supported, only 'default' and 'llama3'")
     for name in rope:
@@ -312,6 +327,8 @@ def _size(fields: Mapping[str, Any], name: str, default: int | None, where: str)
         raise UserError(f"{where}: {name} is missing")
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{where}: {name} must be a positive whole number, but is {value!r}")
+    if value >= 2**31:
+        raise UserError(f"{where}: {name} must be less than 2**31, but is {value!r}")
     return value
 
 
@@ -319,7 +336,7 @@ def _positive(fields: Mapping[str, Any], name: str, default: float | None, where
     value = fields.get(name, default)
     if value is None:
         raise UserError(f"{where}: {name} is missing")
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise UserError(f"{where}: {name} must be a positive number, but is {value!r}")
     return float(value)
 

@@ -3,7 +3,8 @@
 Scored tokens are taken `chunk` at a time, the table a tile of its rows at a time. On several devices each scores its
 own tokens: a tile is brought together from the shards of its width, used for all chunks, and its gradient, summed over
 the chunks, goes back to the shards, so that a step moves the table three times however many tokens there are. Where the
-table's rows are spread over devices as well, each scores its rows and the log-sum-exps are joined.
+table's rows are spread over devices as well, each scores its rows and the log-sum-exps are joined. Where rows of tokens
+are spread along their length, each device scores the tokens that its hidden states predict, in whatever part they are.
 """
 
 import functools
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from vdjax.models.products import matmul, transposed_matmul
-from vdjax.sharding import partition_spec
+from vdjax.sharding import mesh_axes, partition_spec
 
 TILE_BYTES = 2**28  # of a tile of the table, in float32, where it comes from several devices
 
@@ -78,7 +79,8 @@ class Layout(NamedTuple):
     """Which axes of the mesh the arrays are spread over; all empty on one device."""
 
     mapped: Callable[[Callable, tuple[Array, ...], tuple[str, ...]], Any]  # a function over each device's part
-    rows: tuple[str, ...]
+    rows: tuple[str, ...]  # and their places
+    places: tuple[str, ...]
     vocab: tuple[str, ...]
     width: tuple[str, ...]  # of the table
 
@@ -86,7 +88,7 @@ class Layout(NamedTuple):
 def _layout(hidden: Array, table: Array) -> Layout:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return Layout(lambda run, arrays, outputs: run(*arrays), (), (), ())
+        return Layout(lambda run, arrays, outputs: run(*arrays), (), (), (), ())
     rows = partition_spec(("batch", "length", None), hidden.shape, mesh.shape)
     of_table = partition_spec(("vocab", "embed"), table.shape, mesh.shape)
     specs = {"rows": PartitionSpec(*rows[:2]), "hidden": rows, "table": of_table}
@@ -96,16 +98,24 @@ def _layout(hidden: Array, table: Array) -> Layout:
         out_specs = tuple(specs[name] for name in outputs)
         return jax.shard_map(run, in_specs=inputs, out_specs=out_specs, check_vma=False)(*arrays)
 
-    return Layout(mapped, _names(*rows), _names(of_table[0]), _names(of_table[1]))
+    return Layout(mapped, *map(mesh_axes, (rows, rows[1], of_table[0], of_table[1])))
 
 
-def _names(*parts: Any) -> tuple[str, ...]:
-    return tuple(name for part in parts if part for name in ((part,) if isinstance(part, str) else part))
+def _of_whole_rows(layout: Layout, x: Array) -> Array:
+    return jax.lax.all_gather(x, layout.places, axis=1, tiled=True) if layout.places else x
 
 
-def _chunks(head: Head, source: Array, target: Array, scored: Array) -> tuple[Tokens, Int[Array, " tokens"], int]:
-    """The scored tokens, the order that brought them to the front, and how many chunks they are brought into."""
-    rows, length = scored.shape
+def _chunks(
+    head: Head, layout: Layout, length: int, source: Array, target: Array, scored: Array
+) -> tuple[Tokens, Int[Array, " tokens"], int]:
+    """The scored tokens of the device's rows that are predicted by its part of them, `length` places each; the order
+    that brought them to the front, and how many of them make a chunk."""
+    source, target, scored = (_of_whole_rows(layout, x) for x in (source, target, scored))
+    if layout.places:
+        source -= jax.lax.axis_index(layout.places) * length
+        scored &= (source >= 0) & (source < length)
+        source = jnp.where(scored, source, 0)
+    rows = len(scored)
     order = jnp.argsort(~scored.ravel(), stable=True)
     chunk = min(head.chunk, order.size)
 
@@ -145,7 +155,7 @@ def _score(
 ) -> tuple[Float[Array, "rows length"], Float[Array, "rows length"]]:
     """Log-probs of scored tokens and the log-sum-exp of their logits."""
     states = hidden.reshape(-1, hidden.shape[-1])
-    tokens, order, _ = _chunks(head, source, target, scored)
+    tokens, order, _ = _chunks(head, layout, hidden.shape[1], source, target, scored)
 
     def of_tile(found: Found, xs: tuple[Array, Array]) -> tuple[Found, None]:
         tile, first = _whole(layout, xs[0], hidden.dtype), xs[1]
@@ -175,7 +185,10 @@ def _score(
     places = jnp.argsort(order)
 
     def in_place(x: Array) -> Array:
-        return x.ravel()[places].reshape(scored.shape)
+        whole = x.ravel()[places].reshape(len(scored), -1)
+        if not layout.places:
+            return whole
+        return jax.lax.psum_scatter(whole, layout.places, scatter_dimension=1, tiled=True)  # one device's is not 0
 
     return in_place(jnp.where(tokens.scored, hit - lse, 0)), in_place(lse)
 
@@ -193,10 +206,13 @@ def _pull_back(
 ) -> tuple[Float[Array, "rows length width"], Float[Array, "vocab width"]]:
     """Gradients of this device's hidden states and of its part of the table."""
     states, width = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[-1]
-    tokens, order, chunk = _chunks(head, source, target, scored)
+    tokens, order, chunk = _chunks(head, layout, hidden.shape[1], source, target, scored)
     alike = tuple(axis for axis in layout.width if axis not in layout.rows)  # devices that have the same tokens
     repeats = jax.lax.axis_size(alike) if alike else 1
-    lse, slopes = (jnp.pad(x.ravel()[order], (0, -order.size % chunk)).reshape(-1, chunk) for x in (lse, cotangent))
+    lse, slopes = (
+        jnp.pad(_of_whole_rows(layout, x).ravel()[order], (0, -order.size % chunk)).reshape(-1, chunk)
+        for x in (lse, cotangent)
+    )
 
     def of_tile(d_states: Array, xs: tuple[Array, Array]) -> tuple[Array, Array]:
         tile, first = _whole(layout, xs[0], hidden.dtype), xs[1]

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from vdjax.errors import UserError
-from vdjax.files import as_path, check_no_model, local_copy
+from vdjax.files import as_path, check_no_model, local_copy, parse_json
 from vdjax.models.config import ModelConfig
 from vdjax.models.transformer import Params, abstract
 
@@ -55,7 +55,7 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
     Raises:
       UserError: neither a directory nor a model that the hub gives out.
     """
-    directory = as_path(path_or_id).expanduser()
+    directory = as_path(path_or_id)
     if directory.is_dir():
         return local_copy(directory)
     name = str(path_or_id)
@@ -76,7 +76,7 @@ def fetch_config(name: str, revision: str | None = None) -> dict[str, Any]:
     Raises:
       UserError: neither a directory nor a model that the hub gives out.
     """
-    directory = as_path(name).expanduser()
+    directory = as_path(name)
     if directory.is_dir():
         return read_config(directory)
     try:
@@ -385,7 +385,7 @@ def _open(path: Path) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):

@@ -1,6 +1,7 @@
 """Matrix products in the compute dtype, with sums in float32, forward and backward."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,14 @@ from jaxtyping import Array, Float
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(
-    a: Float[Array, "*batch rows inner"], b: Float[Array, "*batch inner outer"], dtype: DTypeLike | None = None
+    a: Float[Array, "*batch rows inner"], b: Float[Array, "*#batch inner outer"], dtype: DTypeLike | None = None
 ) -> Float[Array, "*batch rows outer"]:
-    """a @ b in `dtype` (default: that of `a`); operands of one dtype, sums in float32.
+    """a @ b in `dtype` (default: that of `a`); operands of one dtype, sums in float32; `b` may have no batch.
 
     The backward pass takes the cotangent in the operands' dtype. Left to itself JAX multiplies a float32 cotangent with
     bfloat16 operands wherever the result was float32, which runs at the speed of float32.
     """
-    return _dot(a, b, a.ndim - 1, b.ndim - 2, dtype or a.dtype)
+    return _dot(a, b, [a.ndim - 1], [b.ndim - 2], dtype or a.dtype)
 
 
 def _forward(a: Array, b: Array, dtype: DTypeLike | None) -> tuple[Array, tuple[Array, Array]]:
@@ -28,17 +29,21 @@ def _forward(a: Array, b: Array, dtype: DTypeLike | None) -> tuple[Array, tuple[
 def _backward(_: DTypeLike | None, operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     a, b = operands
     g = cotangent.astype(a.dtype)
-    return _dot(g, b, g.ndim - 1, b.ndim - 1, a.dtype), transposed_matmul(a, g, b.dtype)
+    d_a = _dot(g, b, [g.ndim - 1], [b.ndim - 1], a.dtype)
+    if b.ndim == a.ndim:
+        return d_a, transposed_matmul(a, g, b.dtype)
+    rows = range(a.ndim - 1)
+    return d_a, _dot(a, g, rows, rows, b.dtype)
 
 
 matmul.defvjp(_forward, _backward)
 
 
-def _dot(a: Array, b: Array, a_axis: int, b_axis: int, dtype: DTypeLike) -> Array:
-    batch = tuple(range(a.ndim - 2))
+def _dot(a: Array, b: Array, a_axes: Sequence[int], b_axes: Sequence[int], dtype: DTypeLike) -> Array:
+    batch = range(b.ndim - 1 - len(b_axes))
 
     def product(a: Array, b: Array, result: DTypeLike) -> Array:
-        dims = (((a_axis,), (b_axis,)), (batch, batch))
+        dims = ((a_axes, b_axes), (batch, batch))
         return jax.lax.dot_general(a, b, dims, preferred_element_type=result).astype(dtype)
 
     # XLA on CPU has fast bfloat16 products (AMX) only for float32 results. A TPU sums in float32 in any case; asked for
@@ -55,13 +60,13 @@ def transposed_matmul(
     """The transpose of `a` times `g`, sums in float32; for backward passes, it has none itself."""
 
     def direct(a: Array, g: Array) -> Array:
-        return _dot(a, g, a.ndim - 2, g.ndim - 2, dtype)
+        return _dot(a, g, [a.ndim - 2], [g.ndim - 2], dtype)
 
     def by_a_copy(a: Array, g: Array) -> Array:
         # In two parts, since XLA would fold one transpose into the product again.
         middle = a.shape[-2] // 2
         parts = [jnp.swapaxes(part, -1, -2) for part in jnp.split(a, [middle], axis=-2)]
-        return _dot(jnp.concatenate(parts, axis=-1), g, a.ndim - 1, g.ndim - 2, dtype)
+        return _dot(jnp.concatenate(parts, axis=-1), g, [a.ndim - 1], [g.ndim - 2], dtype)
 
     # XLA on CPU leaves bfloat16 products that sum over the rows to a slow kernel.
     if a.dtype == np.dtype(jnp.float32):

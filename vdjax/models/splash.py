@@ -4,9 +4,12 @@ The kernels mask by equal segment ids alone. Where responses share a prompt and 
 are two sets of equal ids: those of its own sequence, and those of the prompt of its segment. So the kernels run once
 for each set, and the two results are joined by their log-sum-exps (Dao et al., arXiv 2205.14135, section 3.1); going
 backward the kernels take the joined one, with which the gradients of the two sets add up.
+
+Where rows are spread over devices along their length, each device has the queries of its part and all keys and values.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,43 +17,57 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from vdjax.sharding import partition_spec
+from vdjax.sharding import mesh_axes, partition_spec, parts_of
 
 Ids = kernels.SegmentIds
-HEADS = ("batch", "heads_act", None, None)  # axes of the kernels' arrays, [batch, heads, length, dim]
-BLOCKS = (512, 256, 128)  # tokens a tile of the kernels; the first that divides a row's length
+QUERIES = ("batch", "heads_act", "length", None)  # axes of the kernels' arrays, [batch, heads, length, dim] ...
+KEYS = ("batch", "heads_act", None, None)  # ... and of keys and values, whole rows of them
+BLOCKS = (512, 256, 128)  # tokens a tile of the kernels; the first that divides a device's part of a row
 
 
-def fits(length: int) -> bool:
-    return any(length % block == 0 for block in BLOCKS)
-
-
-@jax.custom_vjp
 def attention(
     q: Float[Array, "batch length heads dim"],
     k: Float[Array, "batch length kv_heads dim"],
     v: Float[Array, "batch length kv_heads dim"],
     segment_ids: Int[Array, "batch length"],
     sequence_ids: Int[Array, "batch length"] | None,
+    *,
+    interpret: bool = False,
 ) -> Float[Array, "batch length heads dim"]:
-    """What `vdjax.models.attention.attention` computes, by the kernels, forward and backward."""
-    return forward(q, k, v, segment_ids, sequence_ids)[0]
+    """What `vdjax.models.attention.attention` computes, by the kernels, forward and backward.
+
+    Rows that no tile divides are padded for the kernels.
+    """
+    length = q.shape[1]
+    short = -length % (BLOCKS[-1] * parts_of("length", length))
+
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0), (0, short), *[(0, 0)] * (x.ndim - 2)]) if short else x
+
+    arrays = jax.tree.map(padded, (q, k, v, segment_ids, sequence_ids))
+    return _attention(interpret, *arrays)[:, :length]
 
 
-def _keep(*arrays: Any) -> tuple[Array, tuple[Any, ...]]:
-    out, lse = forward(*arrays)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(interpret: bool, *arrays: Any) -> Array:
+    return forward(*arrays, interpret=interpret)[0]
+
+
+def _keep(interpret: bool, *arrays: Any) -> tuple[Array, tuple[Any, ...]]:
+    out, lse = forward(*arrays, interpret=interpret)
     return out, (*arrays, out, lse)
 
 
-def _pull_back(saved: tuple[Any, ...], cotangent: Array) -> tuple[Array | None, ...]:
+def _pull_back(interpret: bool, saved: tuple[Any, ...], cotangent: Array) -> tuple[Array | None, ...]:
     q, k, v, segment_ids, sequence_ids, out, lse = saved
-    return *backward(q, k, v, segment_ids, sequence_ids, out, lse, cotangent), None, None
+    grads = backward(q, k, v, segment_ids, sequence_ids, out, lse, cotangent, interpret=interpret)
+    return *grads, None, None
 
 
-attention.defvjp(_keep, _pull_back)
+_attention.defvjp(_keep, _pull_back)
 
 
 def forward(
@@ -67,11 +84,11 @@ def forward(
     Padding (segment 0) sees padding here, and nothing there; its outputs mean nothing in either.
     """
 
-    def run(q: Array, k: Array, v: Array, ids: list[Ids]) -> tuple[Array, Array]:
-        kernel = _kernel(q.shape[2], q.shape[1], interpret)
-        return jax.vmap(functools.partial(_joined, kernel))(q, k, v, ids)
+    def run(kernel: Any, *arrays: Any, places: tuple[str, ...]) -> tuple[Array, Array]:
+        return jax.vmap(functools.partial(_joined, kernel))(*arrays)
 
-    out, lse = _mapped(run, (*_heads_first(q, k, v), _ids(segment_ids, sequence_ids)), outputs=(HEADS, HEADS[:3]))
+    arrays, ids = _heads_first(q, k, v), _ids(segment_ids, sequence_ids)
+    out, lse = _mapped(run, arrays, ids, outputs=(QUERIES, QUERIES[:3]), interpret=interpret)
     return out.swapaxes(1, 2), lse
 
 
@@ -81,12 +98,15 @@ def backward(
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Gradients of queries, keys and values."""
 
-    def run(q: Array, k: Array, v: Array, ids: list[Ids], out: Array, lse: Array, g: Array) -> tuple[Array, ...]:
-        kernel = _kernel(q.shape[2], q.shape[1], interpret)
-        return jax.vmap(functools.partial(_gradients, kernel))(q, k, v, ids, out, lse, g)
+    def run(kernel: Any, *arrays: Any, places: tuple[str, ...]) -> tuple[Array, ...]:
+        dq, *of_keys = jax.vmap(functools.partial(_gradients, kernel))(*arrays)
+        if places:
+            of_keys = [jax.lax.psum_scatter(x, places, scatter_dimension=2, tiled=True) for x in of_keys]
+        return dq, *of_keys
 
     ids, found = _ids(segment_ids, sequence_ids), (out.swapaxes(1, 2), lse, cotangent.swapaxes(1, 2))
-    grads = _mapped(run, (*_heads_first(q, k, v), ids, *found), outputs=(HEADS, HEADS, HEADS))
+    outputs = (QUERIES, QUERIES, QUERIES)
+    grads = _mapped(run, _heads_first(q, k, v), ids, *found, outputs=outputs, interpret=interpret)
     dq, dk, dv = (x.swapaxes(1, 2) for x in grads)
     return dq * q.shape[-1] ** -0.5, dk, dv
 
@@ -105,31 +125,53 @@ def _ids(segment_ids: Array, sequence_ids: Array | None) -> list[Ids]:
     return [Ids(own, own), Ids(jnp.where(prompt, -1, segment_ids), jnp.where(prompt, segment_ids, -2))]
 
 
-def _mapped(run: Callable, arrays: tuple[Any, ...], outputs: tuple[tuple[str | None, ...], ...]) -> Any:
-    """Runs the kernels on each device's rows and heads: the partitioner cannot look into them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return run(*arrays)
+def _mapped(
+    run: Callable,
+    arrays: tuple[Array, ...],
+    ids: list[Ids],
+    *found: Array,
+    outputs: tuple[tuple[str | None, ...], ...],
+    interpret: bool,
+) -> Any:
+    """Runs the kernels on each device's rows, heads and queries: the partitioner cannot look into them.
+
+    `run` takes the kernel, the mesh axes that queries are spread over along their rows, and the arrays.
+    """
     q, k = arrays[:2]
+    mesh = jax.sharding.get_abstract_mesh()
     spec = functools.partial(partition_spec, mesh_shape=mesh.shape)
-    whole = spec(HEADS, q.shape)[1] != spec(HEADS, k.shape)[1]  # key/value heads that cannot be shared out
+    rows, heads, places, _ = spec(QUERIES, q.shape)
+    if heads != spec(KEYS, k.shape)[1]:  # key/value heads that cannot be shared out
+        heads = None
+    parts = {"batch": rows, "heads_act": heads, "length": places}
+    here = q.shape[1] // math.prod(mesh.shape[name] for name in mesh_axes(heads))
+    kernel = _kernel(q.shape[2], here, parts_of("length", q.shape[2]), interpret)
+    run = functools.partial(run, places=mesh_axes(places))
+    if mesh.empty:
+        return run(kernel, *arrays, ids, *found)
 
-    def of(axes: tuple[str | None, ...]) -> PartitionSpec:
-        rows, heads = spec(HEADS[:2], q.shape[:2])
-        return PartitionSpec(*[{"batch": rows, "heads_act": None if whole else heads}.get(axis or "") for axis in axes])
+    def of(*axes: str | None) -> PartitionSpec:
+        return PartitionSpec(*[parts[axis] if axis else None for axis in axes])
 
-    inputs = jax.tree.map(lambda x: of(("batch",) if x.ndim == 2 else HEADS[: x.ndim]), arrays)
-    mapped = jax.shard_map(run, in_specs=inputs, out_specs=tuple(map(of, outputs)), check_vma=False)
-    return mapped(*arrays)
+    of_ids: tuple[Any, Any] = (of("batch", "length"), of("batch"))
+    inputs = (
+        kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, places))),
+        *(of(*QUERIES), of(*KEYS), of(*KEYS)),
+        [Ids(*of_ids)] * len(ids),
+        *(of(*QUERIES[: x.ndim]) for x in found),
+    )
+    mapped = jax.shard_map(run, in_specs=inputs, out_specs=tuple(of(*axes) for axes in outputs), check_vma=False)
+    return mapped(kernel, *arrays, ids, *found)
 
 
-def _kernel(length: int, heads: int, interpret: bool) -> Any:
-    block = next(block for block in BLOCKS if length % block == 0)
+def _kernel(length: int, heads: int, parts: int, interpret: bool) -> Any:
+    """Of rows whose queries are spread in `parts` parts over devices: one that `shard_map` takes apart."""
+    block = next(block for block in BLOCKS if length // parts % block == 0)
     sizes = kernels.BlockSizes(
         block, block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
-    return kernels.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    return kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=parts, interpret=interpret)
 
 
 def _joined(kernel: Any, q: Array, k: Array, v: Array, ids: list[Ids]) -> tuple[Array, Array]:

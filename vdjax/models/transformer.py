@@ -16,7 +16,7 @@ from vdjax.models.attention import apply_rope, attention, rope_tables
 from vdjax.models.config import ModelConfig
 from vdjax.models.lora import Lora
 from vdjax.models.products import matmul
-from vdjax.sharding import constrain
+from vdjax.sharding import constrain, parts_of
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "full"]
@@ -34,12 +34,12 @@ def rms_norm(x: Float[Array, "*batch width"], scale: Float[Array, "width"], eps:
 
 
 def product(
-    x: Float[Array, "rows inner"], kernel: Float[Array, "inner outer"], parts: int
-) -> Float[Array, "rows outer"]:
+    x: Float[Array, "*rows inner"], kernel: Float[Array, "inner outer"], parts: int
+) -> Float[Array, "*rows outer"]:
     """x @ kernel, with the sum over `inner` taken in `parts` parts: more of them round less and take longer."""
     if parts == 1:
         return matmul(x, kernel)
-    pieces = zip(jnp.array_split(x, parts, axis=1), jnp.array_split(kernel, parts, axis=0), strict=True)
+    pieces = zip(jnp.array_split(x, parts, axis=-1), jnp.array_split(kernel, parts, axis=0), strict=True)
     return sum((matmul(a, b) for a, b in pieces), start=jnp.zeros((), x.dtype))
 
 
@@ -92,7 +92,8 @@ class Layer(nnx.Module):
 
     def linear(self, x: Float[Array, "batch length inner"], name: str) -> Float[Array, "batch length outer"]:
         """x times the kernel `name`, with its adapter where there is one."""
-        rows = x.reshape(-1, x.shape[-1])
+        # Rows and their places in one axis could not be spread over devices both.
+        rows = x if parts_of("length", x.shape[1]) > 1 else x.reshape(-1, x.shape[-1])
         out = product(rows, getattr(self, name)[...].astype(x.dtype), self.sum_parts)
         if self.lora and name in self.lora.targets:
             a, b = (getattr(self, f"{name}_lora_{side}")[...].astype(x.dtype) for side in "ab")
@@ -210,9 +211,8 @@ class Transformer(nnx.Module):
             is all 0.
         """
         sequence_ids = jnp.zeros_like(segment_ids) if sequence_ids is None else sequence_ids
-        x = jnp.take(self.embed[...], tokens, axis=0).astype(self.compute_dtype)
-        x = constrain(x, ("batch", "length", "embed_act"))
-        cos, sin = rope_tables(self.cfg, positions)
+        x = self.embedded(tokens)
+        cos, sin = rope_tables(self.cfg, constrain(positions, ("batch", "length")))
         graphdef, stacked = nnx.split(self.layers)
 
         def apply_layer(x: Array, params: Params) -> tuple[Array, None]:
@@ -225,6 +225,15 @@ class Transformer(nnx.Module):
             apply_layer = jax.checkpoint(apply_layer, policy=policy, prevent_cse=self.unroll is True)
         x, _ = jax.lax.scan(apply_layer, x, nnx.to_pure_dict(stacked), unroll=self.unroll)
         return rms_norm(x, self.final_norm[...], self.cfg.rms_norm_eps)
+
+    def embedded(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
+        """The embeddings of tokens, in the compute dtype."""
+        tokens = constrain(tokens, ("batch_looked_up", None))
+        x = jnp.take(self.embed[...], tokens, axis=0).astype(self.compute_dtype)
+        # From the table's layout one mesh axis at a time: else each device would get the rows of all.
+        x = constrain(x, ("batch_looked_up", None, "embed"))
+        x = constrain(x, ("batch_looked_up", "length", "width_looked_up"))
+        return constrain(x, ("batch", "length", "embed_act"))
 
     def scores(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch"]:
         """Float32 scores (rewards or values) of hidden states, of a model with the head "score"."""

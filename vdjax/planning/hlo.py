@@ -30,8 +30,8 @@ class Instruction(NamedTuple):
 class Collective(NamedTuple):
     kind: str
     over: tuple[str, ...]  # axes of the mesh that its groups reach across
-    count: float  # a run of the program
-    bytes: float  # that a chip sends, in all of them
+    times: float  # a run of the program
+    sent: float  # bytes that a chip sends, in all of them
 
 
 class Program(NamedTuple):
@@ -68,7 +68,7 @@ def read(text: str, mesh_shape: Mapping[str, int], trips: int = 1) -> Program:
             total[0] += times
             total[1] += times * sent
     found = [Collective(kind, over, *total) for (kind, over), total in totals.items()]
-    return Program(sorted(found, key=lambda each: -each.bytes), moved)
+    return Program(sorted(found, key=lambda each: -each.sent), moved)
 
 
 class Inside(NamedTuple):

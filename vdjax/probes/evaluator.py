@@ -62,7 +62,8 @@ def groups(snapshots: int, model: Model, memory_bytes: float, copies: int = 1) -
     """Snapshot indices of each group that is held at once; all groups have one size, the last repeats its last index.
 
     Args:
-      memory_bytes: for the parameters on all devices: those of each snapshot, and once those that adapters share.
+      memory_bytes: for the parameters on all devices: those of each snapshot, and once those that adapters share. 0:
+        half of what there is, and at least one snapshot, since what is free for a moment says little.
       copies: of each parameter among the devices.
 
     Raises:
@@ -70,7 +71,9 @@ def groups(snapshots: int, model: Model, memory_bytes: float, copies: int = 1) -
     """
     one = copies * size_in_bytes(own_params(model))
     shared = copies * size_in_bytes(model.params) - one
-    fits = int((memory_bytes - shared) // one)
+    fits = int(((memory_bytes or default_memory()) - shared) // one)
+    if fits < 1 and not memory_bytes:
+        fits = 1
     if fits < 1:
         beside = f" beside the {shared / 1e9:.2f} GB that all share" if model.lora else ""
         raise UserError(
@@ -102,11 +105,17 @@ def default_memory() -> float:
 
 
 def evaluator_mesh(mesh: Mesh, group_size: int) -> Mesh:
-    """The experiment's devices with as many of its batch shards as divide the group turned to the snapshot axis."""
-    shards = sharding.batch_shards(mesh)
-    snapshot = math.gcd(group_size, shards)
-    sizes = {"snapshot": snapshot, "data": 1, "fsdp": shards // snapshot, "tensor": mesh.shape["tensor"]}
-    return sharding.make_mesh(**sizes, devices=list(mesh.devices.flat))
+    """The experiment's devices, but for the tensor axis shared out anew: as many as divide the group make the snapshot
+    axis, the others share out parameters and rows. Slices lie along the snapshot axis where they can.
+    """
+    devices = list(mesh.devices.flat)
+    slices, tensor = sharding.slice_count(devices), mesh.shape["tensor"]
+    others = len(devices) // tensor
+    snapshot = math.gcd(group_size, others)
+    if snapshot % slices:
+        snapshot = math.gcd(group_size, others // slices)
+    sizes = dict.fromkeys(sharding.MESH_AXES, 1) | {"snapshot": snapshot, "fsdp": others // snapshot, "tensor": tensor}
+    return sharding.as_mesh(sharding.device_grid(sizes, devices, across=("snapshot", "fsdp")))
 
 
 def stacked_shardings(model: Model, mesh: Mesh) -> Any:
@@ -172,7 +181,7 @@ def evaluate(
       counts: int64 [items, answers], scored tokens.
     """
     copies = mesh.shape["data"] if model.lora else 1
-    parts = groups(len(readers), model, memory_bytes or default_memory(), copies)
+    parts = groups(len(readers), model, memory_bytes, copies)
     mesh = mesh if model.lora else evaluator_mesh(mesh, len(parts[0]))
     shards = sharding.batch_shards(mesh)
     plan = layout(items, -(-(rows or 4 * shards) // shards) * shards)

@@ -193,7 +193,7 @@ def generate(
     check_rows(tokens, numbers, stop_ids, model.cfg.vocab_size)
     memory = memory_bytes or evaluator.default_memory()
     copies = 2 * (mesh.shape["data"] if model.lora else 1)
-    parts = evaluator.groups(len(readers), model, memory, copies)
+    parts = evaluator.groups(len(readers), model, memory_bytes, copies)
     mesh = mesh if model.lora else evaluator.evaluator_mesh(mesh, len(parts[0]))
     shards = sharding.batch_shards(mesh)
     slots = bucket(max(map(len, tokens))) + sampling.max_new_tokens - 1

@@ -11,6 +11,7 @@ one paraphrase group ask for the same thing in other words (same proposition, sa
 """
 
 import csv
+import difflib
 import io
 import json
 from collections import Counter, defaultdict
@@ -19,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vdjax.errors import UserError, nearest
-from vdjax.files import as_path
+from vdjax.errors import UserError, listed, nearest
+from vdjax.files import as_path, check_unicode, parse_json, read_text
 
 BUILTIN = Path(__file__).parent / "builtin.jsonl"
 
@@ -40,6 +41,7 @@ TOPICS = {
 }
 
 REQUIRED = ("id", "input", "topic")
+OPTIONAL = ("proposition", "polarity", "paraphrase_group")
 SPLITS = ("dev", "test")
 
 
@@ -75,7 +77,8 @@ def load(path: str | Path, *, topics: Collection[str] | None = None, max_per_top
     Args:
       path: "builtin", or a file: JSONL (an object a line), JSON (a list of objects, or an object with the lists `dev`
         and `test`, which are read as one) or CSV with a header. Columns `id`, `input` and `topic` are needed;
-        `proposition` and `paraphrase_group` default to the probe's own id and `polarity` to 0; others are ignored.
+        `proposition` and `paraphrase_group` default to the probe's own id and `polarity` to 0; others are ignored, but
+        one that is spelt nearly like these is an error.
       topics: keep these only. None: all.
       max_per_topic: keep at most this many of each topic: first one wording of every proposition in both polarities,
         then the second wordings, and so on. None: all.
@@ -83,7 +86,7 @@ def load(path: str | Path, *, topics: Collection[str] | None = None, max_per_top
     Raises:
       UserError: no such file, an unknown format, damaged or missing or repeated rows or fields, an unknown topic.
     """
-    file = BUILTIN if str(path) == "builtin" else as_path(path).expanduser()
+    file = BUILTIN if str(path) == "builtin" else as_path(path)
     probes: dict[str, Probe] = {}
     first_seen: dict[str, str] = {}
     for where, row in _rows(file):
@@ -134,11 +137,15 @@ def _probe(row: Mapping[str, Any], where: str) -> Probe:
     values = {}
     for name in REQUIRED:
         if name not in row:
-            found = ", ".join(map(str, row)) or "nothing"
-            raise UserError(f"{where}: no field {name!r}; expected {', '.join(REQUIRED)}, found {found}")
+            found = listed([str(name) for name in row]) or "nothing"
+            hint = nearest(name, row) if row else ""
+            raise UserError(f"{where}: no field {name!r}; expected {', '.join(REQUIRED)}, found {found}{hint}")
         values[name] = _text(row[name], name, where)
         if not values[name]:
             raise UserError(f"{where}: {name} is empty, expected text")
+    for name in row:
+        if name not in (*REQUIRED, *OPTIONAL) and (close := difflib.get_close_matches(str(name), OPTIONAL, 1, 0.8)):
+            raise UserError(f"{where}: field {name!r} is unknown; did you mean {close[0]!r}?")
     return Probe(
         **values,
         proposition=_text(row.get("proposition"), "proposition", where) or values["id"],
@@ -150,10 +157,10 @@ def _probe(row: Mapping[str, Any], where: str) -> Probe:
 def _polarity(value: Any, where: str) -> int:
     """Empty is unknown, 0. Tables with empty cells often hold the others as 1.0 and -1.0."""
     try:
-        number = float(value or 0)
-    except (TypeError, ValueError):
+        number = 0.0 if value in (None, "") else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
-    if number not in (-1, 0, 1):
+    if number not in (-1, 0, 1) or isinstance(value, bool):
         raise UserError(f"{where}: polarity is {value!r}, expected +1, -1, or 0 or nothing where it is unknown")
     return int(number)
 
@@ -164,6 +171,7 @@ def _text(value: Any, name: str, where: str) -> str:
         return ""
     if not isinstance(value, str | int) or isinstance(value, bool):
         raise UserError(f"{where}: {name} is {value!r}, expected text")
+    check_unicode(value, f"{where}: {name}")
     return str(value).strip()
 
 
@@ -176,11 +184,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise UserError(f"probes: no such file: {file} (or 'builtin'){hint}")
     if file.suffix.lower() not in readers:
         raise UserError(f"probes: {file} has an unknown suffix; expected one of {', '.join(readers)}")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"probes: {file} is not UTF-8 text: {error}") from error
-    yield from readers[file.suffix.lower()](text, file)
+    yield from readers[file.suffix.lower()](read_text(file, "probes"), file)
 
 
 def _jsonl_rows(text: str, file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -222,9 +226,11 @@ def _csv_rows(text: str, file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON: {error}") from error
 
 
 def _object(value: Any, where: str) -> Mapping[str, Any]:

@@ -93,7 +93,7 @@ def prefill(
     model = nnx.merge(graphdef, layers[0])
     tokens, positions, segments = (x.reshape(-1, width) for x in prompts[:3])
     cos, sin = rope_tables(model.cfg, positions)
-    x = _embed(model, tokens)
+    x = model.embedded(tokens)
 
     def unpacked(packed: Array, places: Array) -> Array:
         flat = packed.reshape(groups, -1, *packed.shape[2:])
@@ -126,7 +126,7 @@ def forward(
     cos, sin = rope_tables(model.cfg, (prompts.lengths + state.step - 1)[:, None])
     slots = jnp.arange(width + state.samples.tokens.shape[1] - 1)
     seen = (slots >= width - prompts.lengths[:, None]) & (slots <= slot)
-    x = _embed(model, state.last[:, None])
+    x = model.embedded(state.last[:, None])
     cache = []
     for params, (keys, values) in zip(layers, state.cache, strict=True):
         layer = nnx.merge(graphdef, params).layers
@@ -219,11 +219,6 @@ def _any_of_all(axis_size: int, in_batched: list[bool], running: Array) -> tuple
     # One condition for all snapshots: with one each, the loop would copy the caches at every token to keep those of
     # snapshots that are done. Going on changes nothing for these.
     return running.any(), False
-
-
-def _embed(model: Transformer, tokens: Array) -> Array:
-    x = jnp.take(model.embed[...], tokens, axis=0).astype(model.compute_dtype)
-    return constrain(x, ("batch", "length", "embed_act"))
 
 
 def _last_norm(model: Transformer, x: Array) -> Array:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from vdjax.drift import noise
 from vdjax.drift.scores import POOLED
 from vdjax.errors import UserError
-from vdjax.files import write_whole
+from vdjax.files import read_table, write_whole
 from vdjax.studies.grid import Cell
 
 TABLES = ("drift", "stances", "distances")
@@ -73,7 +73,7 @@ def read(workdir: Path, finished: list[str], unfinished: list[str], cells: Seque
             found[name].append(_table(workdir / trunk / "drift" / f"{name}.csv", own))
         audited = workdir / trunk / "audit" / "against_drift.csv"
         if audited.exists():
-            gaps = pd.read_csv(audited)
+            gaps = read_table(audited)
             found["gaps"].append(own.merge(gaps[gaps["side"] != "sft"], on="stage", how="inner"))
     tables = {name: _primary_first(pd.concat(parts)) for name, parts in found.items() if parts}
     return Merged(
@@ -94,7 +94,7 @@ def _primary_first(table: pd.DataFrame) -> pd.DataFrame:
 def _table(file: Path, cells: pd.DataFrame) -> pd.DataFrame:
     if not file.exists():
         raise UserError(f"{file} is missing; the command of its experiment writes it again")
-    table = pd.read_csv(file)
+    table = read_table(file)
     missing = set(cells["stage"]) - set(table.get("stage", ()))
     if missing:
         raise UserError(f"{file}: no row of stage {min(missing)!r}; the command of its experiment writes it again")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from vdjax import hosts
 from vdjax.drift import tensorboard
-from vdjax.files import Growing
+from vdjax.files import Growing, kept_lines
 from vdjax.progress import say
 
 
@@ -43,11 +43,14 @@ class MetricsLog:
         self.name, self.total, self.every = name, total, log_every
         rows: list[dict[str, Any]] = []
         self.first = hosts.index() == 0
-        if self.first and file.exists() and step:
-            rows = [row for row in map(json.loads, file.read_text().splitlines()) if row["step"] <= step]
-        evaluated = [row["step"] for row in rows if any(k.startswith("eval_") for k in row)]
+
+        def evaluated() -> list[int]:
+            if file.exists() and step:
+                rows.extend(row for row in kept_lines(file, "step") if row["step"] <= step)
+            return [row["step"] for row in rows if any(k.startswith("eval_") for k in row)]
+
         # All processes evaluate or none does, whatever the others see of a file that the first one is writing.
-        self.evaluated = set(hosts.by_first(f"the log of {name}", lambda: evaluated))
+        self.evaluated = set(hosts.by_first(f"the log of {name}", evaluated))
         if self.first:
             self.file = Growing(file)
             self.file.write("".join(json.dumps(row) + "\n" for row in rows).encode())

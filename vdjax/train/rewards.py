@@ -48,11 +48,11 @@ def from_function(name: str) -> Reward:
       UserError: there is no such function; when called, its result is not one finite number a response.
     """
     where, _, function_name = name.rpartition(":")
-    if not where:
+    if not where or not (where.endswith(".py") or all(part.isidentifier() for part in where.split("."))):
         raise UserError(f"reward.function={name!r}; expected module:function or FILE.py:function")
     try:
         module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except (ImportError, FileNotFoundError) as error:
+    except (ImportError, FileNotFoundError, SyntaxError) as error:
         raise UserError(f"reward.function={name!r}: {where} cannot be imported: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):

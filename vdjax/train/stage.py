@@ -118,21 +118,23 @@ def state_shardings(
     mesh: jax.sharding.Mesh,
     carry: Iterable[str] = (),
 ) -> TrainState:
-    """Shardings, as a TrainState, of a train state: the optimizer's moments lie as their parameters do.
+    """Shardings, as a TrainState, of a train state: what the optimizer keeps of a parameter lies as it does, along
+    those axes that are kept (`sharding.of_reduced`).
 
     Args:
       params: shapes of the trained parameters; `layout` is their shardings.
       carry: names of the objective's running values.
     """
     whole = sharding.replicated(mesh)
-    moments = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, s: s,
-        jax.eval_shape(optimizer.init, params),
-        layout,
-        transform_non_params=lambda _: whole,
-    )
-    return TrainState(cast(Any, whole), layout, moments, cast(Any, dict.fromkeys(carry, whole)))
+    shapes = dict(jax.tree_util.tree_leaves_with_path(params))
+    layouts = dict(jax.tree_util.tree_leaves_with_path(layout))
+
+    def lies(path: tuple[Any, ...], leaf: Any) -> jax.sharding.NamedSharding:
+        of = next((path[i:] for i in range(len(path)) if path[i:] in shapes), None)  # it ends with the parameter's path
+        return whole if of is None else sharding.of_reduced(layouts[of], shapes[of].shape, leaf.shape)
+
+    kept = jax.tree_util.tree_map_with_path(lies, jax.eval_shape(optimizer.init, params))
+    return TrainState(cast(Any, whole), layout, kept, cast(Any, dict.fromkeys(carry, whole)))
 
 
 def compile_step(stage: Stage, spec: LossSpec, update: Update, state: Any) -> jax.stages.Compiled:

@@ -14,7 +14,7 @@ from vdjax import hosts, sharding, snapshots
 from vdjax.data import pipeline
 from vdjax.data.packing import Shape
 from vdjax.data.pipeline import Dataset
-from vdjax.files import local_copy, write_whole
+from vdjax.files import read_array, write_whole
 from vdjax.models.functional import Model
 from vdjax.models.lora import join
 from vdjax.objectives import OBJECTIVES
@@ -80,7 +80,7 @@ def reference(stage: Stage, data: Dataset) -> np.ndarray:
             lambda batches, total: progress_over(batches, total, "reference log-probs"),
         )
         hosts.by_first("reference log-probs to be written", lambda: write_array(file, values))
-    return np.load(local_copy(file), mmap_mode="r")
+    return read_array(file, "remove it, and it is computed again")
 
 
 def write_array(file: Path, values: np.ndarray) -> None:

@@ -1,6 +1,5 @@
 """The examples that an audit reads: of a data set, and of a stage those that it was trained on."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from ml_collections import ConfigDict
 from vdjax.data import mixture, pipeline, sources
 from vdjax.data.examples import Counts, Example
 from vdjax.errors import UserError
+from vdjax.files import read_kept
 from vdjax.setup import reading
 from vdjax.train.plan import data_kind
 
@@ -48,7 +48,7 @@ def stage_examples(config: ConfigDict, name: str, workdir: Path) -> tuple[str, I
     tokenizer, template, _ = reading(config)
     data = pipeline.build(stage, needed, tokenizer, template, workdir / "data", seed=config.seed)
     done, notes = workdir / name / "done.json", []
-    if done.exists() and json.loads(done.read_text())["data_counts"] != data.counts:
+    if done.exists() and read_kept(done, "data_counts")["data_counts"] != data.counts:
         notes.append(f"{name}: the data changed since it was trained; audited is what they are now")
     ids = trained_ids(stage, data, config.seed)
     if (needed, kind) == ("unpaired", "preference"):

@@ -15,14 +15,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vdjax import hosts
 from vdjax.data.examples import Counts
 from vdjax.data.parsers import SIDES
 from vdjax.errors import UserError, nearest
-from vdjax.files import append, as_path, json_objects, write_whole
+from vdjax.files import append, as_path, json_objects, parse_json, read_text, write_whole
 from vdjax.judges.verdicts import LABELS, Exchange, Judge
 from vdjax.probes import sets
 from vdjax.probes.open_ended import degenerate
@@ -111,13 +111,13 @@ def read_template(name: str) -> Template:
         raise UserError(f"--instructions {name!r} is no name and no .toml file{nearest(name, known)}")
     if name.endswith(".toml") and not as_path(name).is_file():
         raise UserError(f"--instructions {name}: no such file")
-    file = as_path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
-    source = file.read_text(encoding="utf-8")
+    own = name.endswith(".toml")
+    source = read_text(as_path(name), "--instructions") if own else (FOLDER / f"{name}.toml").read_text("utf-8")
     try:
         value = tomllib.loads(source)
         made = Template(value["system"], value["user"], source)
         _asked(made, Task("", "_q_", "", "_p_"), SIDES[0], ())
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, TemplateError) as error:
+    except Exception as error:  # a template is a program: it can fail in any way
         raise UserError(f"--instructions {name}: expected the jinja texts `system` and `user`: {error}") from error
     return made
 
@@ -259,14 +259,26 @@ class _Kept:
 
 
 def _whole_lines(file: Path) -> dict[str, Any]:
-    """What is kept, without what comes after the last whole line: the process may have been stopped while it wrote."""
+    """What is kept, without what comes after the last whole line: the process may have been stopped while it wrote.
+
+    Raises:
+      UserError: a damaged line.
+    """
     if not file.exists():
         return {}
     content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
+    known: dict[str, Any] = {}
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            name, value = parse_json(line)
+            known[name] = value
+        except (ValueError, TypeError) as error:
+            what = f"expected [hash, answer]: {error}; remove the line, and it is asked for again"
+            raise UserError(f"{file}:{number}: cannot be read back: {what}") from error
     if whole != content:
         write_whole(file, whole)
-    return dict(json.loads(line) for line in whole.splitlines())
+    return known
 
 
 def _hash(*parts: Any) -> str:

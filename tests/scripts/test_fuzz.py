@@ -1,0 +1,64 @@
+"""The targets of the fuzzer, without it: each reads its seeds, refuses some mutations, and lets no other error out."""
+
+import importlib.util
+import random
+from pathlib import Path
+
+import pytest
+
+from vdjax.errors import UserError
+
+SPEC = importlib.util.spec_from_file_location("fuzz", Path(__file__).parents[2] / "scripts" / "fuzz.py")
+assert SPEC and SPEC.loader
+fuzz = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(fuzz)
+SLOW = {"tokenizer_json", "tokenizer_config", "generation_config"}  # which load a tokenizer
+
+
+@pytest.mark.parametrize("name", fuzz.TARGETS)
+def test_a_target_reads_its_seeds_and_refuses_what_is_broken(name: str, tmp_path: Path) -> None:
+    target, rng = fuzz.TARGETS[name], random.Random(name)
+    for seed in target.seeds:
+        fuzz.run_once(target, seed, tmp_path)
+        for _ in range(1 if name in SLOW else 8):
+            broken = fuzz.mutated_json(seed, rng) if target.is_json else seed[: rng.randrange(len(seed))]
+            fuzz.run_once(target, broken, tmp_path)
+
+
+# Seeds that are whole for what is parsed and refused by what comes after it.
+REFUSED = {"statements", "safetensors_index", "flag", "kept_config"}
+
+
+def test_seeds_are_sound(tmp_path: Path) -> None:
+    """Else the fuzzer would never come beyond the first check."""
+    refused = set()
+    for name, target in fuzz.TARGETS.items():
+        for seed in target.seeds:
+            (tmp_path / name).mkdir(exist_ok=True)
+            try:
+                target.read(seed, tmp_path / name)
+            except UserError:
+                refused.add(name)
+    assert refused == REFUSED
+
+
+def test_only_a_short_user_error_is_let_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def target(error: Exception) -> fuzz.Target:
+        def read(data: bytes, folder: Path) -> None:
+            raise error
+
+        return fuzz.Target((), read)
+
+    fuzz.run_once(target(UserError("a")), b"", tmp_path)
+    with pytest.raises(KeyError):
+        fuzz.run_once(target(KeyError("a")), b"", tmp_path)
+    monkeypatch.setattr(UserError, "__str__", lambda error: "a\n" * 100)
+    with pytest.raises(AssertionError, match="more than one screen"):
+        fuzz.run_once(target(UserError("a")), b"", tmp_path)
+
+
+def test_one_value_of_the_json_is_replaced() -> None:
+    rng = random.Random(0)
+    seen = {fuzz.mutated_json(b'{"a": {"b": [1, 2]}}\n{"c": 3}\n', rng) for _ in range(300)}
+    assert len(seen) > 60 and b'{"a": {"b": [1]}}\n{"c": 3}\n' in seen
+    assert fuzz.mutated_json(b"{", rng) == b"{"
