@@ -444,7 +444,7 @@ def test_a_judge_of_a_config_reads_the_data(files: Path, monkeypatch: pytest.Mon
         f"    c.judges.people = base.judge('human', path={str(files / 'labels.csv')!r})\n    return c\n"
     )
     flags = ["--data", str(files / "pairs.jsonl"), "--workdir", str(files / "w"), "--config", str(files / "judges.py")]
-    monkeypatch.setattr(audit.runtime, "start", lambda: None)
+    monkeypatch.setattr(audit.runtime, "start", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["audit", *flags, "--judge", "people"])
     audit.main()
     hits = pd.read_parquet(files / "w" / "audit" / "hits.parquet")

@@ -31,7 +31,7 @@ TOKENS = jnp.array([[72, 105, 33, 5, 200, 7]])
 def run(command: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """A command as its entry point runs it; returns the exit status."""
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
-    monkeypatch.setattr(runtime, "start", lambda: None)  # it would change this process's signal handlers
+    monkeypatch.setattr(runtime, "start", lambda *_: None)  # it would change this process's signal handlers
     with pytest.raises(SystemExit) as stop:
         cli.run_cli(command.main)
     return int(stop.value.code or 0)

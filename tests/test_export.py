@@ -66,7 +66,7 @@ def workdir(tiny_data: Path, made: Setup, tmp_path_factory: pytest.TempPathFacto
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
-    monkeypatch.setattr(runtime, "start", lambda: None)
+    monkeypatch.setattr(runtime, "start", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
         cli.run_cli(export.main)
     return int(stop.value.code or 0)

@@ -162,7 +162,7 @@ def test_a_judge_of_a_config_judges_the_pairs(
     """An API judge to whom even answers support and odd ones oppose; nothing is paid for twice."""
     monkeypatch.setattr(synthesize, "open_model", lambda *args: opened)
     monkeypatch.setattr(synthesize, "local_generator", lambda *args: Generator("generator", write))
-    monkeypatch.setattr(synthesize.runtime, "start", lambda: None)
+    monkeypatch.setattr(synthesize.runtime, "start", lambda *_: None)
     (tmp_path / "judges.py").write_text(
         "from vdjax import config as base\n\n\ndef get_config():\n    c = base.experiment()\n"
         "    c.judges.remote = base.judge('api', model='m', usd_per_million_input=0, usd_per_million_output=0)\n"
