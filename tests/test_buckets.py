@@ -24,8 +24,9 @@ from vdjax import experiment, files, snapshots
 from vdjax.drift import report
 from vdjax.errors import UserError
 from vdjax.export import export
+from vdjax.measure import holds
 from vdjax.models import hf
-from vdjax.train import loop
+from vdjax.train import loop, supervised
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_other_urls_and_buckets_without_gcsfs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert files.as_path("runs/a") == Path("runs/a")
+    assert files.as_path("runs/a") == Path("runs/a") and files.as_path("~/a") == Path.home() / "a"
     with pytest.raises(UserError, match="s3://b/x: expected a path, or gs://BUCKET/"):
         files.as_path("s3://b/x")
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda _: None)
@@ -60,6 +61,28 @@ def test_files_are_written_whole_added_to_and_removed(bucket: Path) -> None:
     assert files.absolute(folder) == folder
     files.remove_tree(folder / "a")
     assert not (folder / "a").exists() and (folder / "log").exists()
+
+
+def test_what_is_read_from_a_bucket_is_what_is_read_from_a_disk(bucket: Path, tmp_path: Path) -> None:
+    for folder in (bucket / "read", tmp_path):
+        files.write_whole(folder / "text", "\ufeffä\r\nb".encode())
+        assert files.read_text(folder / "text", "it") == "ä\nb"
+        files.write_whole(folder / "rows.jsonl", '\ufeff{"a": 1}\n'.encode())
+        assert [row for _, row in files.json_objects(folder / "rows.jsonl", "--rows", "a")] == [{"a": 1}]
+        table = pd.DataFrame({"a": [1, 1], "b": [1, 2]})
+        files.write_whole(folder / "x.parquet", table.to_parquet(index=False))
+        files.write_whole(folder / "x.csv", table.to_csv(index=False))
+        for name in ("x.parquet", "x.csv"):
+            pd.testing.assert_frame_equal(files.read_table(folder / name), table)
+        assert holds(folder / "x.parquet", a=1) and not holds(folder / "x.parquet", b=1)
+        assert not holds(folder / "x.parquet", c=1) and not holds(folder / "x.csv", a=1)
+        supervised.write_array(folder / "x.npy", np.arange(3))
+        np.testing.assert_array_equal(files.read_array(folder / "x.npy", ""), np.arange(3))
+        for read in (files.read_table, files.read_kept, files.kept_lines, lambda file: files.read_array(file, "")):
+            with pytest.raises(UserError, match=f"{folder}/none: cannot be read back"):
+                read(folder / "none")
+        with pytest.raises(UserError, match=f"{folder}/none cannot be read"):
+            files.read_text(folder / "none", "it")
 
 
 def test_a_file_that_grows_is_uploaded_now_and_then(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
