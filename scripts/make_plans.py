@@ -1,6 +1,6 @@
 """Writes docs/plans.md: what the paper's models need on TPU slices. Takes an hour or two on two cores.
 
-    JAX_PLATFORMS=cpu python scripts/make_plans.py --out docs/plans.md [--only llama3.1-8b]
+    JAX_PLATFORMS=cpu python scripts/make_plans.py --out docs/plans.md [--only llama3.1-8b,sft]
 
 Needs the TPU's compiler (pip install '.[tpu]') and no TPU. Figures are kept in FILE.json beside the table as they come,
 so that what is there is not compiled again; --again compiles all.
@@ -33,7 +33,8 @@ def rows(only: str) -> list[dict[str, Any]]:
     out.append({"model": "llama3.1-8b", "stage": "dpo", "topology": "v5e-64", "batch": 128})
     for count in SNAPSHOTS:
         out.append({"model": "llama3.1-8b", "stage": "dpo", "topology": "v5e-256", "snapshots": count})
-    return [row for row in out if not only or only in (row["model"], row["topology"])]
+    words = only.split(",") if only else []
+    return [row for row in out if all(word in (*row, *row.values()) for word in words)]
 
 
 def plan(row: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def evaluators(found: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="", help="a model or a slice")
+    parser.add_argument("--only", default="", metavar="WORD,...", help="rows with all of these, such as qwen3-8b,sft")
     parser.add_argument("--again", action="store_true")
     flags = parser.parse_args()
     kept = flags.out.with_suffix(".json")
