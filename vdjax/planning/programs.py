@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from vdjax import runs, sharding
 from vdjax.chips import Chip
-from vdjax.data.packing import Shape
+from vdjax.data.packing import LENGTH_MULTIPLE, Shape
 from vdjax.errors import UserError
 from vdjax.models import hf
 from vdjax.models.config import ModelConfig
@@ -32,7 +32,6 @@ from vdjax.train.step import make_score_step
 
 PROGRAMS = ("train_step", "reference", "sampler", "evaluator")
 GIB = 2**30
-TILE = 128  # tokens that the kernels of attention work on at once: row lengths are multiples of it
 LARGEST = 6  # arrays that are named
 
 
@@ -95,7 +94,7 @@ def shape_of(work: Work) -> Shape:
     else:
         length, sequences, examples = work.prompt + 2 * response, 2, stage.batch_size
     rows = microbatch_rows(work)
-    length = stage.row_length or -(-length // TILE) * TILE
+    length = stage.row_length or -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     return Shape(-(-examples // rows) * rows, length, sequences)
 
 
@@ -192,7 +191,7 @@ def snapshot_evaluator(work: Work) -> Lowered:
     mesh = evaluator.evaluator_mesh(work.mesh, together)
     shards = sharding.batch_shards(mesh)
     rows = -(-(work.config.probes.rows or 4 * shards) // shards) * shards
-    shape = Shape(rows, -(-work.config.probes.max_length // TILE) * TILE, 16)
+    shape = Shape(rows, -(-work.config.probes.max_length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, 16)
     own = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct((*x.shape[:at], together, *x.shape[at:]), x.dtype),
         model.params,
