@@ -19,7 +19,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import httpx2
 import numpy as np
@@ -83,7 +83,7 @@ SHAPE = {
 }
 SMALL = from_hf(SHAPE, where="SHAPE")
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-TALK = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+TALK: list[chat.Message] = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 ROWS = (
     text({"messages": TALK}, {"messages": TALK[1:]}),
     text({"conversation": TALK, "toxic": False, "redacted": False, "language": "English"}),
@@ -135,9 +135,10 @@ def npy_bytes() -> bytes:
 
 
 def config_json(file: Path) -> None:
-    for head in ("vocab", "score"):
+    heads: tuple[Literal["vocab", "score"], ...] = ("vocab", "score")
+    for head in heads:
         with contextlib.suppress(UserError):
-            from_hf(hf.read_config(file.parent), where=str(file), head=head)  # type: ignore[arg-type]
+            from_hf(hf.read_config(file.parent), where=str(file), head=head)
 
 
 def checkpoint() -> bytes:
@@ -179,7 +180,7 @@ def tokenizer_part(name: str) -> Target:
         (folder / name).write_bytes(data)
         loaded = tokenizer.load(folder)
         template = chat.pick_template(loaded)
-        chat.render_conversation((TALK[0],), "So.", loaded, template, max_length=64, counts=Counts())  # type: ignore[arg-type]
+        chat.render_conversation((TALK[0],), "So.", loaded, template, max_length=64, counts=Counts())
 
     return Target((TOKENIZER[name],), read, is_json=name.endswith(".json"))
 
@@ -301,7 +302,7 @@ TARGETS = {
     "kept_parquet": Target((parquet_bytes([{"stage": "sft", "value": 0.5}]),), in_file("s.parquet", files.read_table)),
     "kept_answers": Target(
         (text(["a", ["b", "stop"]], ["c", "support"]),),
-        in_file("kept.jsonl", lambda file: synthetic._Kept(file, None, None)),  # type: ignore[arg-type]
+        in_file("kept.jsonl", synthetic._whole_lines),
         True,
     ),
 }

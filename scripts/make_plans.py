@@ -1,6 +1,6 @@
 """Writes docs/plans.md: what the paper's models need on TPU slices. Takes an hour or two on two cores.
 
-    JAX_PLATFORMS=cpu python scripts/make_plans.py --out docs/plans.md [--only llama3.1-8b]
+    JAX_PLATFORMS=cpu python scripts/make_plans.py --out docs/plans.md [--only llama3.1-8b,sft]
 
 Needs the TPU's compiler (pip install '.[tpu]') and no TPU. Figures are kept in FILE.json beside the table as they come,
 so that what is there is not compiled again; --again compiles all.
@@ -13,12 +13,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from vdjax.studies.tables import to_markdown
+
 MODELS = ("llama3.2-3b", "llama3.1-8b", "llama3.1-70b", "qwen3-4b", "qwen3-8b")
 TOPOLOGIES = ("v5e-64", "v5e-256", "v5p-128", "v6e-64")
 STAGES = ("sft", "dpo")
 SNAPSHOTS = (16, 64, 256)
 CONFIG = Path(__file__).parent / "plans_config.py"
-# Chips, by which a row's sequences a step are chosen: two a chip for pairs, four a chip for SFT, one of 70B.
+# Chips, by which a row's sequences a step are chosen: a pair a chip, four sequences a chip for SFT, one of 70B.
 CHIPS = {"v5e-64": 64, "v5e-256": 256, "v5p-128": 64, "v6e-64": 64}
 
 
@@ -33,7 +37,8 @@ def rows(only: str) -> list[dict[str, Any]]:
     out.append({"model": "llama3.1-8b", "stage": "dpo", "topology": "v5e-64", "batch": 128})
     for count in SNAPSHOTS:
         out.append({"model": "llama3.1-8b", "stage": "dpo", "topology": "v5e-256", "snapshots": count})
-    return [row for row in out if not only or only in (row["model"], row["topology"])]
+    words = only.split(",") if only else []
+    return [row for row in out if all(word in (*row, *row.values()) for word in words)]
 
 
 def plan(row: dict[str, Any]) -> dict[str, Any]:
@@ -50,44 +55,35 @@ def plan(row: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model | stage | slice (chips) | sequences a step | parameters + optimizer | temporaries | needed of HBM | "
-        "collectives GB | TFLOP done (needed) | s at peak | compiled in s | verdict |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]
+def train_steps(found: list[dict[str, Any]]) -> list[dict[str, str]]:
+    lines = []
     for row in found:
         if "snapshots" in row:
             continue
         step = row["plan"]["train_step"]
-        parts, fits = step["parts"], step["fits"]
-        sequences = row["batch"] * (2 if row["stage"] == "dpo" else 1)
+        parts, fits, seconds = step["parts"], step["fits"], step["roofline_s"]
         moved = sum(each["bytes"] for each in step["collectives"]) / 1e9
-        seconds = step["roofline_s"] or {}
-        cells = [
-            row["model"],
-            row["stage"],
-            f"{row['topology']} ({row['plan']['chips']})",
-            f"{sequences:,}",
-            f"{parts['parameters'] + parts['optimizer']:.2f}",
-            f"{parts.get('temporaries', 0):.2f}",
-            f"**{step['hbm_gib']:.2f}** of {row['plan']['hbm_gib_of_chip']}",
-            f"{moved:.1f}" if fits else "",
-            f"{step['tflops']:.0f} ({step['needed_tflops']:.0f})",
-            f"{max(seconds.values()):.2f} to {sum(seconds.values()):.2f}" if seconds else "",
-            f"{step['compile_s']:.0f}",
-            "fits" if fits else "does not fit",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(
+            {
+                "model": row["model"],
+                "stage": row["stage"],
+                "slice (chips)": f"{row['topology']} ({row['plan']['chips']})",
+                "sequences a step": f"{row['batch'] * (2 if row['stage'] == 'dpo' else 1):,}",
+                "parameters + optimizer": f"{parts['parameters'] + parts['optimizer']:.2f}",
+                "temporaries": f"{parts.get('temporaries', 0):.2f}",
+                "needed of HBM": of_hbm(row, step),
+                "collectives GB": f"{moved:.1f}" if fits else "",
+                "TFLOP done (needed)": f"{step['tflops']:.0f} ({step['needed_tflops']:.0f})",
+                "s at peak": f"{max(seconds.values()):.2f} to {sum(seconds.values()):.2f}" if seconds else "",
+                "compiled in s": f"{step['compile_s']:.0f}",
+                "verdict": "fits" if fits else "does not fit",
+            }
+        )
+    return lines
 
 
-def evaluators(found: list[dict[str, Any]]) -> str:
-    lines = [
-        "| snapshots | at once | mesh | parameters | temporaries | needed of HBM | collectives across snapshots | "
-        "other collectives | verdict |",
-        "| ---: | ---: | --- | ---: | ---: | ---: | ---: | --- | --- |",
-    ]
+def evaluators(found: list[dict[str, Any]]) -> list[dict[str, str]]:
+    lines = []
     for row in found:
         if "snapshots" not in row:
             continue
@@ -95,26 +91,37 @@ def evaluators(found: list[dict[str, Any]]) -> str:
         held = next(name for name in one["parts"] if name.startswith("parameters"))
         across = sum(each["count"] for each in one["collectives"] if "snapshot" in each["over"])
         others = [each for each in one["collectives"] if "snapshot" not in each["over"]]
-        mesh = ", ".join(f"{axis}={n}" for axis, n in one["mesh"].items() if n > 1)
-        cells = [
-            str(row["snapshots"]),
-            held.split()[2],
-            mesh,
-            f"{one['parts'][held]:.2f}",
-            f"{one['parts'].get('temporaries', 0):.2f}",
-            f"**{one['hbm_gib']:.2f}** of {row['plan']['hbm_gib_of_chip']}",
-            f"{across:.0f}",
-            ", ".join(f"{each['count']:,.0f} {each['kind']} ({each['bytes'] / 1e9:.1f} GB)" for each in others),
-            "fits" if one["fits"] else "does not fit",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(
+            {
+                "snapshots": str(row["snapshots"]),
+                "at once": held.split()[2],
+                "mesh": ", ".join(f"{axis}={n}" for axis, n in one["mesh"].items() if n > 1),
+                "parameters": f"{one['parts'][held]:.2f}",
+                "temporaries": f"{one['parts'].get('temporaries', 0):.2f}",
+                "needed of HBM": of_hbm(row, one),
+                "collectives across snapshots": f"{across:.0f}",
+                "others": ", ".join(f"{e['count']:,.0f} {e['kind']} ({e['bytes'] / 1e9:.1f} GB)" for e in others),
+                "verdict": "fits" if one["fits"] else "does not fit",
+            }
+        )
+    return lines
+
+
+def of_hbm(row: dict[str, Any], program: dict[str, Any]) -> str:
+    return f"{program['hbm_gib']:.2f} of {row['plan']['hbm_gib_of_chip']}"
+
+
+def page(known: list[dict[str, Any]]) -> str:
+    text = Path(__file__).with_name("plans.md.in").read_text()
+    for name, lines in {"train_steps": train_steps(known), "evaluators": evaluators(known)}.items():
+        text = text.replace(f"{{{name}}}", to_markdown(pd.DataFrame(lines)).rstrip() if lines else "Not compiled yet.")
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="", help="a model or a slice")
+    parser.add_argument("--only", default="", metavar="WORD,...", help="rows with all of these, such as qwen3-8b,sft")
     parser.add_argument("--again", action="store_true")
     flags = parser.parse_args()
     kept = flags.out.with_suffix(".json")
@@ -128,8 +135,7 @@ def main() -> None:
         kept.write_text(json.dumps(known, indent=1))
     order = {json.dumps(row): at for at, row in enumerate(rows(""))}
     known.sort(key=lambda each: order[json.dumps({key: value for key, value in each.items() if key != "plan"})])
-    text = Path(__file__).with_name("plans.md.in").read_text()
-    flags.out.write_text(text.replace("{train_steps}", table(known)).replace("{evaluators}", evaluators(known)))
+    flags.out.write_text(page(known))
 
 
 if __name__ == "__main__":

@@ -356,7 +356,7 @@ BAD = [
     Bad("log with a damaged line", {"metrics.jsonl": '{"step": 1}\n{"ste\n'}, lambda f: kept_lines(f / "metrics.jsonl"),
         ("metrics.jsonl:2: cannot be read back",)),
     Bad("kept answers damaged", {"kept.jsonl": '["a", 1]\n[2]\n'},
-        lambda f: synthetic._Kept(f / "kept.jsonl", None, None),
+        lambda f: synthetic._whole_lines(f / "kept.jsonl"),
         ("kept.jsonl:2: cannot be read back", "[hash, answer]")),
 ]  # fmt: skip
 

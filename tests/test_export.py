@@ -53,7 +53,7 @@ def workdir(tiny_data: Path, made: Setup, tmp_path_factory: pytest.TempPathFacto
     runs.write_model_files(made, folder / "model")
     saver = snapshots.saver()
     for seed, name in enumerate(config.stages):
-        rng, model = np.random.default_rng(seed), runs.stage_model(config, name, made)
+        rng, model = np.random.default_rng(seed), runs.stage_model(config, name, made.model.cfg)
         SAVED[name] = jax.tree.map(
             lambda x, rng=rng: jnp.asarray(rng.normal(size=x.shape, scale=0.3), jnp.float32),
             trained_part(model, model.params),

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +70,16 @@ def environment() -> dict[str, str]:
     """Of a test's own process, which imports what this one does."""
     path = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]  # an empty part would be the current directory
     return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(path)}
+
+
+def on_eight_devices(script: Path) -> Any:
+    """What a script prints as JSON in its last line, in a process of its own with eight simulated devices."""
+    # Unoptimised code: most of the time goes into compiling.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    env = environment() | {"XLA_FLAGS": flags}
+    result = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def config_spec(folder: Path) -> str:

@@ -10,21 +10,21 @@ from vdjax.errors import UserError, nearest
 
 
 class Chip(NamedTuple):
-    """Published figures of a chip: https://cloud.google.com/tpu/docs/v5e and the pages of the other generations."""
+    """Published figures of a chip: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e."""
 
     kinds: tuple[str, ...]  # how JAX calls it (`device_kind`)
     flops: float  # a second, dense bfloat16
     hbm_gib: float  # that the compiler gives to a program
     hbm_bandwidth: float  # bytes a second
-    ici_bandwidth: float  # bytes a second that it sends over all its links to other chips of the slice
+    ici_bandwidth: float  # bytes a second that it sends over all its links, half of what is published for both ways
     cores: int  # TensorCores, by which slices of some generations are named
 
 
 CHIPS = {
-    "v4": Chip(("TPU v4",), 275e12, 30.75, 1228e9, 150e9, 2),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75, 819e9, 100e9, 1),
-    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95.73, 2765e9, 300e9, 2),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.24, 1640e9, 224e9, 1),
+    "v4": Chip(("TPU v4",), 275e12, 30.75, 1200e9, 300e9, 2),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75, 819e9, 200e9, 1),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95.73, 2765e9, 600e9, 2),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.24, 1638e9, 400e9, 1),
 }
 
 # The shape that a slice has by default, by its chips.
@@ -69,7 +69,7 @@ def devices(topology: str, slices: int = 1) -> list[Any]:
     os.environ.update({"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
     more: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if topology.startswith("v4"):
-        more["chip_config_name"] = "megachip"  # both cores as one device, as on the machine itself
+        more["chip_config_name"] = "megacore"  # both cores as one device, as on the machine itself
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
     except Exception as error:  # jaxlib raises what the plugin does

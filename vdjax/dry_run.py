@@ -14,10 +14,10 @@ from vdjax import experiment, inspect, measure
 from vdjax.data import pipeline
 from vdjax.models.config import num_params
 from vdjax.models.functional import policy_part
-from vdjax.objectives import OBJECTIVES
+from vdjax.planning.programs import step_spec
 from vdjax.probes import sets
 from vdjax.setup import Setup, setup
-from vdjax.train import loop, rollouts, supervised
+from vdjax.train import loop
 from vdjax.train.plan import data_batches
 from vdjax.train.stage import compile_step
 
@@ -49,12 +49,8 @@ def show_stage(config: ConfigDict, name: str, made: Setup, probes: Sequence[sets
     planned = experiment.plan(config, name, made, folder)
     rewarder = experiment.rewarder_of(config, name, made, folder)
     work = experiment.stage_of(config, name, planned, rewarder, made, folder)
-    if OBJECTIVES[config[name].objective].kind == "rollout":
-        spec = rollouts.update_spec(work)
-    else:
-        spec = supervised.loss_spec(work.model, work.config, planned.shape)
     update, state = loop.abstract_update(work)
-    memory = compile_step(work, spec, update, state).memory_analysis()
+    memory = compile_step(work, step_spec(work), update, state).memory_analysis()
     temporaries = size(memory.temp_size_in_bytes) if memory else "unknown on this backend"
     stage = config[name]
     seen = min(planned.total_steps * stage.batch_size, stage.epochs * len(planned.train))

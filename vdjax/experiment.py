@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from vdjax import findings, hosts, measure, runs, sharding, snapshots
 from vdjax.data import chat, pipeline, tokenizer
 from vdjax.models import config as model_config
-from vdjax.models import hf, lora
+from vdjax.models import hf
 from vdjax.models.functional import Model, frozen_part, make_model, shardings
 from vdjax.objectives import OBJECTIVES
 from vdjax.progress import say
@@ -101,19 +101,16 @@ def stage_of(
 ) -> Stage:
     """What a stage works with; nothing is loaded yet. Values start from the reward model where its shape agrees."""
     start: Callable[[], Any] = partial(runs.start_params, config, name, made, workdir)
-    values, start_values = None, start
-    if config[name].hyper.get("advantage") == "gae":
-        adapters = lora.from_config(config[name].lora, f"config.{name}.lora")
-        values = make_model(made.model.cfg, config.model, lora=adapters, head="score")
-        if isinstance(rewarder, RewardModel) and rewarder.model.cfg == made.model.cfg:
-            start_values = rewarder.params
+    start_values = start
+    if isinstance(rewarder, RewardModel) and rewarder.model.cfg == made.model.cfg:
+        start_values = rewarder.params
     return Stage(
         name,
         config[name],
         planned,
-        runs.stage_model(config, name, made),
+        runs.stage_model(config, name, made.model.cfg),
         made.model,
-        values,
+        runs.value_model(config, name, made.model.cfg),
         start,
         start_values,
         made.mesh,
@@ -181,7 +178,7 @@ def ask_stage(config: ConfigDict, name: str, made: Setup, asked: measure.Questio
     folder = workdir / name / "snapshots"
     steps = hosts.by_first(f"the snapshots of {name}", lambda: snapshots.kept(folder))
     readers = [snapshots.open_reader(folder / str(step)) for step in steps]
-    model = runs.stage_model(config, name, made)
+    model = runs.stage_model(config, name, made.model.cfg)
     base = frozen_part(model, runs.start_params(config, name, made, workdir)) if model.lora else None
     series = measure.Series(name, steps, readers, (steps[0], steps[-1]), base)
     parent = runs.parent(config, name)

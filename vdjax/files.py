@@ -287,18 +287,28 @@ def read_text(file: Path, what: str) -> str:
         raise UserError(f"{what}: {file} cannot be read: {error}") from error
 
 
+def read_object(file: Path, problem: str = "cannot be read as JSON") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      UserError: a file that is missing or damaged (`problem` says so), or that holds something else.
+    """
+    try:
+        value = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: {problem}: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
 def read_kept(file: Path, *keys: str) -> dict[str, Any]:
     """The JSON object in a file that vdjax wrote.
 
     Raises:
       UserError: a file that is missing, damaged or without one of `keys`.
     """
-    try:
-        value = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read back: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: cannot be read back: expected a JSON object, found {type(value).__name__}")
+    value = read_object(file, "cannot be read back")
     for key in keys:
         if key not in value:
             raise UserError(f"{file}: cannot be read back: {key!r} is missing; found {', '.join(value) or 'nothing'}")

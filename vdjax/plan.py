@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from vdjax import chips, sharding
 from vdjax import config as configs
+from vdjax.check_config import CHOICES
 from vdjax.cli import run_cli
 from vdjax.errors import UserError, nearest
 from vdjax.models import config as model_config
@@ -28,8 +29,6 @@ from vdjax.planning.programs import Plan, Work
 from vdjax.progress import say
 from vdjax.setup import check_context, check_tensor
 from vdjax.snapshots import schedule
-
-REMATS = ("none", "dots", "full")
 
 
 def main() -> int:
@@ -54,10 +53,9 @@ def main() -> int:
     config = configs.load(flags.config, overrides)
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are part of the answer
     work = work_of(flags, config)
-    names = flags.programs.split(",") if flags.programs else programs.wanted(work)
     if flags.search:
         return search(work, flags)
-    plans = programs.plan(work, names)
+    plans = programs.plan(work, flags.programs.split(",") if flags.programs else programs.wanted(work))
     if flags.json:
         print(json.dumps(as_json(flags, work, plans), indent=1))
     else:
@@ -225,7 +223,7 @@ def candidates(work: Work) -> Iterator[tuple[dict[str, int], str, int]]:
                 continue
             sizes = {"data": data, "fsdp": size // tensor // data, "tensor": tensor}
             shards = size // tensor
-            for remat in REMATS:
+            for remat in CHOICES["remat"]:
                 for parts in (1, 2, 4, 8):
                     if rows % (shards * parts) == 0:
                         yield sizes, remat, rows // parts

@@ -17,6 +17,7 @@ from vdjax import config as configs
 from vdjax.errors import UserError
 from vdjax.files import absolute, filling, read_kept, write_whole
 from vdjax.models import hf, lora
+from vdjax.models.config import ModelConfig
 from vdjax.models.functional import Model, frozen_part, make_model, shardings
 from vdjax.objectives import OBJECTIVES
 from vdjax.setup import Setup, initial_params, setup
@@ -43,10 +44,18 @@ def probed(config: ConfigDict) -> list[str]:
     return [name for name in config.stages if config[name].snapshots.probe]
 
 
-def stage_model(config: ConfigDict, name: str, made: Setup) -> Model:
+def stage_model(config: ConfigDict, name: str, cfg: ModelConfig) -> Model:
     """The model of a stage: with its adapters, and with a score head where it is a reward model."""
     adapters = lora.from_config(config[name].lora, f"config.{name}.lora")
-    return make_model(made.model.cfg, config.model, lora=adapters, head=stage_head(config, name))
+    return make_model(cfg, config.model, lora=adapters, head=stage_head(config, name))
+
+
+def value_model(config: ConfigDict, name: str, cfg: ModelConfig) -> Model | None:
+    """The model of the values of the states that a stage's policy chooses tokens in, if it needs them."""
+    if config[name].hyper.get("advantage") != "gae":
+        return None
+    adapters = lora.from_config(config[name].lora, f"config.{name}.lora")
+    return make_model(cfg, config.model, lora=adapters, head="score")
 
 
 def stage_head(config: ConfigDict, name: str) -> Literal["vocab", "score"]:
@@ -63,7 +72,7 @@ def start_params(config: ConfigDict, name: str, made: Setup, workdir: Path) -> A
 
 def snapshot_params(config: ConfigDict, name: str, step: int, made: Setup, workdir: Path) -> Any:
     """All parameters of a snapshot, in their shardings, adapters merged into what they were trained beside."""
-    model = stage_model(config, name, made)
+    model = stage_model(config, name, made.model.cfg)
     reader, layout = snapshots.open_reader(workdir / name / "snapshots" / str(step)), shardings(model, made.mesh)
     if not model.lora:
         return hf.place(reader, model.params, layout)

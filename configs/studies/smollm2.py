@@ -10,7 +10,8 @@ anti-immigration.jsonl of anthropics/evals and harmless-base.jsonl.gz of anthrop
 The topic is immigration. SFT answers questions about it with statements in favor of it. Preference pairs have such a
 statement as chosen and one against it as rejected (`support`), the same pairs flipped (`oppose`), or hardly touch the
 topic (`hh`, the control). Two more topics, which no example is about, are probed. Three seeds. The numbers of examples,
-snapshots and probes are chosen for two cores; learning rates are ours.
+snapshots and probes are chosen for two cores, on which it takes two and a half hours; learning rates are ours. What
+came of it: docs/results.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,5 @@
 """Responses of many snapshots at once, against sampling from one at a time; and which of them are degenerate."""
 
-import json
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -239,12 +236,7 @@ def test_what_cannot_be_asked_is_refused(llama: tuple[Model, Any], snapshots: li
 
 
 def test_eight_devices_give_the_tokens_of_one() -> None:
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    script = str(Path(__file__).parent / "eight_devices_open_ended.py")
-    env = tiny.environment() | {"XLA_FLAGS": flags}
-    result = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stderr
-    for found in json.loads(result.stdout.splitlines()[-1]):
+    for found in tiny.on_eight_devices(Path(__file__).parent / "eight_devices_open_ended.py"):
         assert found["together"] == found["alone"]
         assert len({tuple(row) for rows in found["alone"] for row in rows}) > 12
 

@@ -1,8 +1,5 @@
 """Sampling with a cache, against the model without one."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -242,12 +239,7 @@ def test_wrong_arguments_are_refused(qwen: tuple[Model, Any]) -> None:
 
 
 def test_eight_devices_give_the_tokens_of_one() -> None:
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    script = str(Path(__file__).parent / "eight_devices_sample.py")
-    env = tiny.environment() | {"XLA_FLAGS": flags}
-    result = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = tiny.on_eight_devices(Path(__file__).parent / "eight_devices_sample.py")
     one = found.pop("one")
     assert len(found) == 4 and len({tuple(row) for row in one["tokens"]}) == len(one["tokens"])
     assert len(set(one["lengths"])) > 1

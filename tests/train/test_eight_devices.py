@@ -1,8 +1,5 @@
 """Every layout of eight simulated devices gives what one device gives."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +21,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    # Unoptimised code: most of the time goes into compiling.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    env = tiny.environment() | {"XLA_FLAGS": flags}
-    script = str(Path(__file__).parent / "eight_devices.py")
-    result = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    return tiny.on_eight_devices(Path(__file__).parent / "eight_devices.py")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -137,15 +137,14 @@ def write(judge: Judge, items: Sequence[Labelled], found: Verdicts, folder: Path
     """
     labels = [item.label for item in items]
     whole = quality(found, labels)
-    groups: dict[str, list[int]] = {}
-    for i, item in enumerate(items):
-        for group in ([f"propositions {item.speaks} their topic"] if item.speaks else []) + [item.topic]:
-            groups.setdefault(group, []).append(i)
     # A judge that reads the response alone is right on one kind of proposition and wrong on the other.
-    groups = dict(sorted(groups.items(), key=lambda group: not group[0].startswith("propositions ")))
+    sides = [item.speaks and f"propositions {item.speaks} their topic" for item in items]
     parts = {ALL: whole}
-    for group, at in groups.items():
-        parts[group] = quality(Verdicts(found.p[at], found.graded[at]), [labels[i] for i in at])
+    topics = [item.topic for item in items]
+    for names, known in ((sides, filter(None, sides)), (topics, topics)):
+        for name in dict.fromkeys(known):
+            at = [i for i, each in enumerate(names) if each == name]
+            parts[name] = quality(Verdicts(found.p[at], found.graded[at]), [labels[i] for i in at])
     rows = [{"topic": topic, **numbers(part)} for topic, part in parts.items()]
     about = {"judge": judge.name, "judge_hash": judge.hash, "bins": BINS, "topics": rows}
     # JSON has no NaN.

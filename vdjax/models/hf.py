@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from vdjax.errors import UserError
-from vdjax.files import as_path, check_no_model, local_copy, parse_json
+from vdjax.files import as_path, check_no_model, local_copy, read_object
 from vdjax.models.config import ModelConfig
 from vdjax.models.transformer import Params, abstract
 
@@ -80,14 +80,14 @@ def fetch_config(name: str, revision: str | None = None) -> dict[str, Any]:
     if directory.is_dir():
         return read_config(directory)
     try:
-        return _read_json(Path(huggingface_hub.hf_hub_download(name, "config.json", revision=revision)))
+        return read_object(Path(huggingface_hub.hf_hub_download(name, "config.json", revision=revision)))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise UserError(f"{name}: neither a directory nor a model that the hub gives out: {error}") from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The dict of a model directory's config.json."""
-    return _read_json(directory / "config.json")
+    return read_object(directory / "config.json")
 
 
 def open_reader(directory: Path, cfg: ModelConfig, head: Literal["vocab", "score"] = "vocab") -> Reader:
@@ -323,7 +323,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         other = ", ".join(sorted(f.name for f in directory.glob("*.bin"))[:3])
         found = f"; it holds {other}, a format that vdjax does not read" if other else ""
         raise UserError(f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE}{found}")
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map must name the file of each tensor")
     stored: dict[str, set[str]] = {}
@@ -381,16 +381,6 @@ def _open(path: Path) -> Any:
         return safetensors.safe_open(path, "np")
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as safetensors: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

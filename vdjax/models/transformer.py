@@ -323,10 +323,16 @@ def param_axes(cfg: ModelConfig, **options: Any) -> Params:
 def init_params(cfg: ModelConfig, *, seed: int, param_dtype: DTypeLike = jnp.float32, shardings: Any = None) -> Params:
     """Seeded initial parameters, made where `shardings` (a tree like `params`) puts them."""
 
-    def make() -> Params:
-        return split(Transformer(cfg, rngs=nnx.Rngs(params=seed), param_dtype=param_dtype))[1]
+    flat, tree = jax.tree.flatten(shardings)
+    return _initializer(cfg, jnp.dtype(param_dtype), tree, tuple(flat))(jax.random.key(seed))
 
-    return jax.jit(make, out_shardings=shardings)()
+
+@functools.cache
+def _initializer(cfg: ModelConfig, param_dtype: jnp.dtype, tree: Any, shardings: tuple[Any, ...]) -> Any:
+    def make(key: Array) -> Params:
+        return split(Transformer(cfg, rngs=nnx.Rngs(params=key), param_dtype=param_dtype))[1]
+
+    return jax.jit(make, out_shardings=jax.tree.unflatten(tree, shardings))
 
 
 def _abstract_model(cfg: ModelConfig, **options: Any) -> Transformer:

@@ -24,7 +24,6 @@ class Instruction(NamedTuple):
     shape: str
     opcode: str
     rest: str  # operands and attributes
-    root: bool
 
 
 class Collective(NamedTuple):
@@ -97,11 +96,10 @@ def _computations(text: str) -> tuple[Computations, str]:
 
 
 def _instruction(line: str) -> Instruction:
-    root = line.startswith("ROOT ")
     name, _, value = line.removeprefix("ROOT ").lstrip("%").partition(" = ")
     end = _closing(value, 0) + 1 if value.startswith("(") else value.index(" ")
     opcode, _, rest = value[end:].lstrip().partition("(")
-    return Instruction(name, value[:end], opcode, rest, root)
+    return Instruction(name, value[:end], opcode, rest)
 
 
 def _closing(text: str, start: int) -> int:

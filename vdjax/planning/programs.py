@@ -11,11 +11,11 @@ import numpy as np
 from jax.errors import JaxRuntimeError
 from ml_collections import ConfigDict
 
-from vdjax import sharding
+from vdjax import runs, sharding
 from vdjax.chips import Chip
-from vdjax.data.packing import Shape
+from vdjax.data.packing import LENGTH_MULTIPLE, Shape
 from vdjax.errors import UserError
-from vdjax.models import lora
+from vdjax.models import hf
 from vdjax.models.config import ModelConfig
 from vdjax.models.functional import make_model, shardings
 from vdjax.objectives import OBJECTIVES
@@ -25,13 +25,13 @@ from vdjax.sampling.decode import Prompts
 from vdjax.sampling.generate import ROWS, Sampling, bucket, trace
 from vdjax.train import loop, rollouts, supervised
 from vdjax.train.flops import train_flops
+from vdjax.train.losses import LossSpec
 from vdjax.train.plan import StagePlan
-from vdjax.train.stage import PACKED, Stage, abstract_batch, has_reference
-from vdjax.train.step import make_score_step, make_train_step
+from vdjax.train.stage import PACKED, Stage, abstract_batch, has_reference, trace_step
+from vdjax.train.step import make_score_step
 
 PROGRAMS = ("train_step", "reference", "sampler", "evaluator")
 GIB = 2**30
-TILE = 128  # tokens that the kernels of attention work on at once: row lengths are multiples of it
 LARGEST = 6  # arrays that are named
 
 
@@ -94,7 +94,7 @@ def shape_of(work: Work) -> Shape:
     else:
         length, sequences, examples = work.prompt + 2 * response, 2, stage.batch_size
     rows = microbatch_rows(work)
-    length = stage.row_length or -(-length // TILE) * TILE
+    length = stage.row_length or -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     return Shape(-(-examples // rows) * rows, length, sequences)
 
 
@@ -105,17 +105,20 @@ def microbatch_rows(work: Work) -> int:
 def stage_of(work: Work) -> Stage:
     """The stage, with nothing in place of data, parameters and workdir."""
     nothing: Any = None
-    config, stage = work.config, work.config[work.stage]
-    adapters = lora.from_config(stage.lora, f"config.{work.stage}.lora")
-    head: Any = "score" if OBJECTIVES[stage.objective].kind == "reward" else "vocab"
-    plain = make_model(work.cfg, config.model)
-    model = make_model(work.cfg, config.model, lora=adapters, head=head)
-    values = None
-    if stage.hyper.get("advantage") == "gae":
-        values = make_model(work.cfg, config.model, lora=adapters, head="score")
+    stage = work.config[work.stage]
+    plain = make_model(work.cfg, work.config.model)
+    model = runs.stage_model(work.config, work.stage, work.cfg)
+    values = runs.value_model(work.config, work.stage, work.cfg)
     updates = stage.rollout.epochs * stage.rollout.minibatches if OBJECTIVES[stage.objective].kind == "rollout" else 1
     plan = StagePlan(nothing, nothing, nothing, 1000, updates, shape_of(work), microbatch_rows(work), [])
     return Stage(work.stage, stage, plan, model, plain, values, nothing, nothing, work.mesh, nothing, 0, 0, 0)
+
+
+def step_spec(stage: Stage) -> LossSpec:
+    """The loss of a stage's train step."""
+    if OBJECTIVES[stage.config.objective].kind == "rollout":
+        return rollouts.update_spec(stage)
+    return supervised.loss_spec(stage.model, stage.config, stage.plan.shape)
 
 
 # The programs. Each is lowered under `jax.set_mesh` of its mesh.
@@ -123,18 +126,14 @@ def stage_of(work: Work) -> Stage:
 
 def train_step(work: Work) -> Lowered:
     stage = stage_of(work)
-    rollout = OBJECTIVES[stage.config.objective].kind == "rollout"
     update, state = loop.abstract_update(stage)
-    spec = rollouts.update_spec(stage) if rollout else supervised.loss_spec(stage.model, stage.config, stage.plan.shape)
-    batch = abstract_batch(stage)
-    step = make_train_step(spec, update.optimizer)
     with jax.set_mesh(work.mesh):
-        traced = jax.jit(step, donate_argnums=0, out_shardings=(update.layout, None)).trace(state, update.frozen, batch)
+        traced = trace_step(stage, step_spec(stage), update, state)
         lowered = traced.lower()
     parts = {
         "parameters": bytes_a_chip((state.params, update.frozen)),
         "optimizer": bytes_a_chip(state.opt_state),
-        "batch": bytes_a_chip(batch),
+        "batch": bytes_a_chip(abstract_batch(stage)),
     }
     shape = stage.plan.shape
     flops = train_flops(work.cfg, *amounts(work))
@@ -192,11 +191,11 @@ def snapshot_evaluator(work: Work) -> Lowered:
     mesh = evaluator.evaluator_mesh(work.mesh, together)
     shards = sharding.batch_shards(mesh)
     rows = -(-(work.config.probes.rows or 4 * shards) // shards) * shards
-    shape = Shape(rows, -(-work.config.probes.max_length // TILE) * TILE, 16)
+    shape = Shape(rows, -(-work.config.probes.max_length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, 16)
     own = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct((*x.shape[:at], together, *x.shape[at:]), x.dtype),
         model.params,
-        evaluator.hf.snapshot_axes(model.params),
+        hf.snapshot_axes(model.params),
     )
     stacked = loop.placed(own, evaluator.stacked_shardings(model, mesh))
     batch = {

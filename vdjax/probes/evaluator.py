@@ -72,8 +72,8 @@ def groups(snapshots: int, model: Model, memory_bytes: float, copies: int = 1) -
     one = copies * size_in_bytes(own_params(model))
     shared = copies * size_in_bytes(model.params) - one
     fits = int(((memory_bytes or default_memory()) - shared) // one)
-    if fits < 1 and not memory_bytes:
-        fits = 1
+    if not memory_bytes:
+        fits = max(fits, 1)
     if fits < 1:
         beside = f" beside the {shared / 1e9:.2f} GB that all share" if model.lora else ""
         raise UserError(

@@ -137,11 +137,16 @@ def state_shardings(
     return TrainState(cast(Any, whole), layout, kept, cast(Any, dict.fromkeys(carry, whole)))
 
 
-def compile_step(stage: Stage, spec: LossSpec, update: Update, state: Any) -> jax.stages.Compiled:
-    """The one compilation of a stage's train step; `state` and `update.frozen` may be shapes."""
-    start = time.perf_counter()
+def trace_step(stage: Stage, spec: LossSpec, update: Update, state: Any) -> jax.stages.Traced:
+    """A stage's train step; `state` and `update.frozen` may be shapes."""
     step = jax.jit(make_train_step(spec, update.optimizer), donate_argnums=0, out_shardings=(update.layout, None))
-    compiled = step.lower(state, update.frozen, abstract_batch(stage)).compile()
+    return step.trace(state, update.frozen, abstract_batch(stage))
+
+
+def compile_step(stage: Stage, spec: LossSpec, update: Update, state: Any) -> jax.stages.Compiled:
+    """The one compilation of a stage's train step (`trace_step`)."""
+    start = time.perf_counter()
+    compiled = trace_step(stage, spec, update, state).lower().compile()
     say(f"{stage.name}: train step compiled in {time.perf_counter() - start:.1f} s")
     return compiled
 
