@@ -18,7 +18,7 @@ import tiny
 from flax import nnx
 from ml_collections import ConfigDict
 
-from vdjax import cli, experiment, export, inspect, main, measure, models, probe, runtime, sharding, snapshots
+from vdjax import cli, experiment, export, inspect, main, measure, models, probe, runs, runtime, sharding, snapshots
 from vdjax import config as configs
 from vdjax.errors import UserError
 from vdjax.judges import local
@@ -218,6 +218,15 @@ def test_errors_are_one_message_and_status_2(
     err = capsys.readouterr().err
     assert says in err and "Traceback" not in err
     assert not (tmp_path / "run" / "sft" / "snapshots").exists()
+
+
+def test_two_processes_do_not_work_in_one_workdir(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with runs.held(tmp_path / "run"):
+        assert run(main, monkeypatch, "--config", tiny.config_spec(tiny_data), "--workdir", str(tmp_path / "run")) == 2
+    assert f"{tmp_path / 'run'}: another process is at work there" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
 
 
 def test_missing_files_and_flags(tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

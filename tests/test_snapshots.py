@@ -1,4 +1,6 @@
 import itertools
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from vdjax import snapshots
 from vdjax.errors import UserError
+from vdjax.models import hf
 
 
 @settings(max_examples=100, deadline=None)
@@ -151,3 +154,103 @@ def test_a_fingerprint_changes_with_every_element() -> None:
     assert snapshots.fingerprint(params | {"b": {"c": params["b"]["c"].at[2].set(1e-30)}}) != base
     one = {"a": jnp.full((64, 64), 0.5)}
     assert snapshots.fingerprint(one) != snapshots.fingerprint({"a": one["a"].at[3].set(-0.5)})
+
+
+def flip(file: Path, at: int) -> None:
+    """One bit of a file is another."""
+    content = bytearray(file.read_bytes())
+    content[at % len(content)] ^= 4
+    file.write_bytes(content)
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def test_a_damaged_snapshot_gives_an_error_that_names_it_and_never_other_values(tmp_path: Path) -> None:
+    tree, saver, folder = params(0), snapshots.saver(), tmp_path / "run" / "sft" / "snapshots" / "3"
+    snapshots.save(saver, folder.parent, 3, tree)
+    saver.wait_until_finished()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    layout = jax.tree.map(lambda x: x.sharding, tree)
+    axes = hf.snapshot_axes(shapes)
+
+    def read() -> list[Any]:
+        reader = snapshots.open_reader(folder)
+        stacked = hf.stack_place([reader, reader], shapes, layout)
+        snapshots.check_stacked([reader, reader], stacked, axes)
+        second = jax.tree.map(lambda x, axis: x.take(1, axis=axis), stacked, axes)
+        return [snapshots.place(reader, shapes, layout), second]
+
+    def damaged() -> bool:
+        """Whether there is an error; else the values are right."""
+        try:
+            found = read()
+        except UserError as error:
+            assert str(folder) in str(error)
+            return True
+        for each in found:
+            jax.tree.map(np.testing.assert_array_equal, each, tree)
+        return False
+
+    assert not damaged()
+    largest = max(files_of(folder), key=lambda file: file.stat().st_size)
+    for file in files_of(folder):
+        whole, seen = file.read_bytes(), []
+        for at in range(7, len(whole), max(1, len(whole) // 9)):
+            flip(file, at)
+            seen.append(damaged())
+            file.write_bytes(whole)
+        file.write_bytes(whole[: len(whole) // 2])
+        seen.append(damaged())
+        file.unlink()
+        seen.append(damaged())
+        file.write_bytes(whole)
+        if file == largest:  # of a compressed file a bit or two may not matter
+            assert sum(seen) > len(seen) - 3
+    flip(largest, 1000)
+    with pytest.raises(UserError, match=r"is not what was saved: files .* or remove .*/run/sft: the run's command"):
+        read()
+
+
+def test_a_damaged_resume_point_is_left_for_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tree = params(0)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+    manager = snapshots.resume_manager(tmp_path / "resume")
+    for step in (2, 4):
+        snapshots.save_resume(manager, step, jax.tree.map(lambda x, s=step: x + s, tree), {"next_index": step})
+    manager.close()
+
+    def damage(step: int) -> None:
+        flip(max(files_of(tmp_path / "resume" / str(step)), key=lambda file: file.stat().st_size), 1000)
+
+    damage(4)
+    manager = snapshots.resume_manager(tmp_path / "resume")
+    state, position = snapshots.restore_resume(manager, abstract) or (None, None)
+    assert position == {"next_index": 2}
+    jax.tree.map(lambda got, want: np.testing.assert_array_equal(got, want + 2), state, tree)
+    assert re.search(r"resume/4: damaged \(.* is not what was saved\); going on from step 2", capsys.readouterr().err)
+    snapshots.save_resume(manager, 4, tree, {"next_index": 4})
+    manager.close()
+    assert (snapshots.restore_resume(snapshots.resume_manager(tmp_path / "resume"), abstract) or (0, {}))[1] == {
+        "next_index": 4
+    }
+    for step in (2, 4):
+        damage(step)
+    with pytest.raises(UserError, match=r"no resume point is whole\. Put back a copy, or remove .*\n.*/4: .*\n.*/2: "):
+        snapshots.restore_resume(snapshots.resume_manager(tmp_path / "resume"), abstract)
+
+
+def test_a_resume_point_without_its_files_is_left_for_the_one_before(tmp_path: Path) -> None:
+    tree = params(0)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+    manager = snapshots.resume_manager(tmp_path / "whole")
+    for step in (2, 4):
+        snapshots.save_resume(manager, step, tree, {"next_index": step})
+    manager.close()
+    for i, file in enumerate(files_of(tmp_path / "whole" / "4")):
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(i))
+        (folder / file.relative_to(tmp_path / "whole")).unlink()
+        state, position = snapshots.restore_resume(snapshots.resume_manager(folder), abstract) or (None, {})
+        assert position["next_index"] in (2, 4)
+        jax.tree.map(np.testing.assert_array_equal, state, tree)

@@ -113,9 +113,9 @@ def test_shards_share_out_all_experiments(capsys: pytest.CaptureFixture) -> None
 
 
 def test_only_one_process_is_at_an_experiment(tmp_path: Path) -> None:
-    with study.held(tmp_path / "a") as first, study.held(tmp_path / "a") as second, study.held(tmp_path / "b") as other:
+    with runs.held(tmp_path / "a") as first, runs.held(tmp_path / "a") as second, runs.held(tmp_path / "b") as other:
         assert (first, second, other) == (True, False, True)
-    with study.held(tmp_path / "a") as again:
+    with runs.held(tmp_path / "a") as again:
         assert again
 
 

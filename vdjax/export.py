@@ -71,7 +71,7 @@ def export_adapters(snapshot: Path, out: Path) -> str:
     )
     model = make_model(cfg, config.model, lora=adapters)
     layout = trained_part(model, shardings(model, sharding.make_mesh(fsdp=-1)))
-    params = hf.place(snapshots.open_reader(snapshot), trained_part(model, model.params), layout)
+    params = snapshots.place(snapshots.open_reader(snapshot), trained_part(model, model.params), layout)
     check_no_model(out)
     with filling(out, peft.CONFIG_FILE) as folder:
         peft.save(params, adapters, folder, base=base, revision=revision, metadata=metadata(snapshot))

@@ -25,7 +25,7 @@ def main() -> int:
         raise UserError("--workdir is missing: a directory for snapshots, probes and the report")
     hosts.agree("the config", configs.facts(config))
 
-    from vdjax import dry_run, experiment, study
+    from vdjax import dry_run, experiment, runs, study
     from vdjax.train.loop import Interrupted
 
     if flags.dry_run:
@@ -35,7 +35,10 @@ def main() -> int:
         if config.seeds:
             study.run_seeds(config, flags.workdir, command)
         else:
-            experiment.run(config, flags.workdir, command)
+            with runs.held(flags.workdir) as mine:
+                if not mine:
+                    raise UserError(f"{flags.workdir}: another process is at work there; wait for it, or stop it")
+                experiment.run(config, flags.workdir, command)
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"{stop or 'interrupted'}\nto go on: {command}", file=sys.stderr)
         return INTERRUPTED

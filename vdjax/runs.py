@@ -1,9 +1,12 @@
 """What a workdir holds: the experiment that claims it, its model files, and the parameters of its stages' snapshots."""
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -15,8 +18,8 @@ from ml_collections import ConfigDict
 from vdjax import __version__, hosts, snapshots
 from vdjax import config as configs
 from vdjax.errors import UserError
-from vdjax.files import absolute, filling, read_kept, write_whole
-from vdjax.models import hf, lora
+from vdjax.files import absolute, filling, in_bucket, read_kept, write_whole
+from vdjax.models import lora
 from vdjax.models.config import ModelConfig
 from vdjax.models.functional import Model, frozen_part, make_model, shardings
 from vdjax.objectives import OBJECTIVES
@@ -75,8 +78,8 @@ def snapshot_params(config: ConfigDict, name: str, step: int, made: Setup, workd
     model = stage_model(config, name, made.model.cfg)
     reader, layout = snapshots.open_reader(workdir / name / "snapshots" / str(step)), shardings(model, made.mesh)
     if not model.lora:
-        return hf.place(reader, model.params, layout)
-    adapters = hf.place(reader, lora.adapters_of(model.params), lora.adapters_of(layout))
+        return snapshots.place(reader, model.params, layout)
+    adapters = snapshots.place(reader, lora.adapters_of(model.params), lora.adapters_of(layout))
     merged = partial(lora.merge, lora=model.lora)
     base = frozen_part(model, start_params(config, name, made, workdir))
     return jax.jit(merged)(lora.join(base, adapters))
@@ -148,6 +151,32 @@ def locate(snapshot: Path) -> tuple[ConfigDict, str, Path]:
         raise UserError(f"{snapshot}: expected WORKDIR/STAGE/snapshots/STEP")
     snapshots.open_reader(snapshot)
     return read_config(file), snapshot.parents[1].name, file.parent
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Whether this process (of several hosts: the first) holds the experiment's lock, which is freed when it dies.
+
+    A bucket has no locks: there every process holds it, and the user sees to it that shards differ.
+    """
+    files: list[int] = []
+
+    def lock() -> bool:
+        if in_bucket(folder):
+            return True
+        folder.mkdir(parents=True, exist_ok=True)
+        files.append(os.open(folder / "lock", os.O_RDWR | os.O_CREAT))
+        try:
+            fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    try:
+        yield hosts.by_first(f"the lock of {folder.name}", lock)
+    finally:
+        for file in files:
+            os.close(file)
 
 
 def claim(config: ConfigDict, workdir: Path, command: str) -> None:

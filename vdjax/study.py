@@ -5,14 +5,11 @@ the i-th on (i from 0 to n - 1). Finished ones are left alone, so the same comma
 """
 
 import argparse
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +17,7 @@ import jax
 import pandas as pd
 from ml_collections import ConfigDict
 
-from vdjax import cluster, experiment, hosts, runtime
+from vdjax import cluster, experiment, hosts, runs, runtime
 from vdjax import config as configs
 from vdjax.cli import INTERRUPTED, run_cli
 from vdjax.drift import noise
@@ -138,7 +135,7 @@ def run_all(todo: Mapping[str, ConfigDict], workdir: Path, commands: Mapping[str
         (workdir / "judgements" / "calls").mkdir(parents=True, exist_ok=True)
     for number, (name, config) in enumerate(todo.items(), start=1):
         folder = workdir / name
-        with held(folder) as mine:
+        with runs.held(folder) as mine:
             if hosts.by_first(f"a look for {name}", partial(finished, config, folder)):
                 say(f"{name}: finished already")
                 continue
@@ -174,7 +171,7 @@ def write_reports(
         known = hosts.by_first("a look at those known", partial(read_text, file))
         if text == known and not always:
             continue
-        with held(workdir / name) as mine:
+        with runs.held(workdir / name) as mine:
             if mine:
                 if text:
                     hosts.by_first("the other seeds to be written", partial(write_whole, file, text))
@@ -207,32 +204,6 @@ def finished(config: ConfigDict, folder: Path) -> bool:
 
 def config_hash(config: ConfigDict) -> str:
     return hashlib.sha256(configs.to_json(config).encode()).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[bool]:
-    """Whether this process (of several hosts: the first) holds the experiment's lock, which is freed when it dies.
-
-    A bucket has no locks: there every process holds it, and the user sees to it that shards differ.
-    """
-    files: list[int] = []
-
-    def lock() -> bool:
-        if in_bucket(folder):
-            return True
-        folder.mkdir(parents=True, exist_ok=True)
-        files.append(os.open(folder / "lock", os.O_RDWR | os.O_CREAT))
-        try:
-            fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    try:
-        yield hosts.by_first(f"the lock of {folder.name}", lock)
-    finally:
-        for file in files:
-            os.close(file)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from vdjax import hosts, sharding
+from vdjax import hosts, sharding, snapshots
 from vdjax.data import packing
 from vdjax.errors import UserError
 from vdjax.models import hf, lora
@@ -130,6 +130,17 @@ def stacked_shardings(model: Model, mesh: Mesh) -> Any:
     return jax.tree.map(one, params, trained_part(model, model.axes), hf.snapshot_axes(params))
 
 
+def load(readers: Sequence[hf.Reader], model: Model, mesh: Mesh) -> Any:
+    """`own_params` of several snapshots, with a snapshot axis.
+
+    Raises:
+      UserError: what was read is not what was saved.
+    """
+    params = hf.stack_place(readers, own_params(model), stacked_shardings(model, mesh))
+    snapshots.check_stacked(readers, params, hf.snapshot_axes(params))
+    return params
+
+
 def make_scorer(model: Model, sequences: int, mesh: Mesh) -> functools.partial[Array]:
     """`score(stacked, base, batch)`: log-probs of every sequence under every snapshot, [snapshots, rows, sequences].
 
@@ -192,9 +203,8 @@ def evaluate(
     has = np.arange(most) < np.array([len(item.answers) for item in items])[:, None]
     with jax.set_mesh(mesh):
         scorer = make_scorer(model, plan.shape.sequences, mesh)
-        params_shape, specs = own_params(model), stacked_shardings(model, mesh)
         for part in parts:
-            params = hf.stack_place([readers[i] for i in part], params_shape, specs)
+            params = load([readers[i] for i in part], model, mesh)
             out = []
             for batch in progress(plan.batches, len(plan.batches)):
                 arrays = {k: sharding.put_global(v, sharding.rows_sharding(mesh, 2)) for k, v in batch.items()}

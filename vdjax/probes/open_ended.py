@@ -205,9 +205,8 @@ def generate(
     out = Samples(ids, np.zeros(shape, np.int32), log_probs, np.zeros(shape, bool))
     with jax.set_mesh(mesh):
         how = {"max_new_tokens": sampling.max_new_tokens, "stop_ids": tuple(stop_ids), "filtered": filtered(sampling)}
-        params_shape, specs = evaluator.own_params(model), evaluator.stacked_shardings(model, mesh)
         for part in parts:
-            params = hf.stack_place([readers[i] for i in part], params_shape, specs)
+            params = evaluator.load([readers[i] for i in part], model, mesh)
             for places, size in progress(batches, len(batches)):
                 laid = layout([tokens[i] for i in places], numbers[places], size, shards)
                 samples = run(model.graphdef, params, base or {}, put(laid, mesh), knobs(sampling), **how)
