@@ -1,11 +1,13 @@
 """What several test modules share: tiny models, data and batches, and sequences scored without any packing."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -70,6 +72,16 @@ def environment() -> dict[str, str]:
     """Of a test's own process, which imports what this one does."""
     path = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]  # an empty part would be the current directory
     return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(path)}
+
+
+def load_script(name: str) -> ModuleType:
+    """A file of scripts/ as a module."""
+    file = HERE.parent / "scripts" / name
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def on_eight_devices(script: Path) -> Any:

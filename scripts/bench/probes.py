@@ -1,67 +1,95 @@
-"""Times the evaluator on K snapshots at once against one at a time, loading included, and prints one JSON line.
+"""Times the evaluator on the checkpoints and questions of a peer, loading included, and prints one JSON line.
 
-    python scripts/bench/probes.py --model DIR --snapshots 8 --probes builtin --max_per_topic 4
+    python scripts/bench/probes.py --checkpoints DIR/ck0 DIR/ck1 --questions ITEMS.json
 
-The snapshots are the same checkpoint read K times: what they hold does not change the work.
+ITEMS.json has `items` of a question and a policy, and `answers` with {policy} in them, each scored by the mean log-prob
+of its tokens behind the chat template around the question. All checkpoints are scored at once, and then one at a time;
+the first round of both fills the compile cache and is not timed.
 """
 
 import argparse
+import hashlib
 import json
+import resource
 import time
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 
 from vdjax import config as configs
-from vdjax import measure, runtime
+from vdjax import runtime
+from vdjax.data.chat import Rendered
 from vdjax.models import hf
 from vdjax.probes import evaluator
+from vdjax.probes.readouts import Item
 from vdjax.setup import setup
+from vdjax.train.flops import peak_flops
+
+
+def questions(asked: dict[str, Any], tokenizer: Any) -> tuple[list[Item], list[list[int]]]:
+    """Items, and every prompt with each of its answers as a peer processes them."""
+    items, sequences = [], []
+    for i, row in enumerate(asked["items"]):
+        messages = [{"role": "user", "content": row["question"]}]
+        head = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt, *both = tokenizer(
+            [head, *(head + answer.format(policy=row["policy"]) for answer in asked["answers"])],
+            add_special_tokens=False,
+        )["input_ids"]
+        parts = [prompt, *(tokens[len(prompt) :] for tokens in both)]
+        branches = np.repeat(np.arange(len(parts), dtype=np.int8), [len(part) for part in parts])
+        rendered = Rendered(np.concatenate(parts).astype(np.int32), branches > 0, branches)
+        items.append(Item(i, 0, "statement", "", ("",) * len(both), tuple(asked["answers"]), rendered))
+        sequences += both
+    return items, sequences
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--snapshots", type=int, default=8)
-    parser.add_argument("--probes", default="builtin")
-    parser.add_argument("--max_per_topic", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
-    flags = parser.parse_args()
+    parser.add_argument("--checkpoints", type=Path, nargs="+", required=True)
+    parser.add_argument("--questions", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--scores", type=Path, help="also write every score to this JSON file")
+    flags, overrides = parser.parse_known_args()
     runtime.start()
-
     config = configs.experiment()
-    config.model.path, config.probes.path = str(flags.model), flags.probes
-    config.probes.max_per_topic = flags.max_per_topic
+    config.model.path = str(flags.checkpoints[0])
+    for flag in overrides:
+        configs.override(config, flag)
     made = setup(config)
-    items = measure.questions(config, made).items
-    reader = hf.open_reader(flags.model, made.model.cfg)
+    items, sequences = questions(json.loads(flags.questions.read_text()), made.tokenizer)
+    one = evaluator.size_in_bytes(made.model.params)
 
-    one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made.model.params))
+    def scores(memory_bytes: float) -> np.ndarray:
+        readers = [hf.open_reader(folder, made.model.cfg) for folder in flags.checkpoints]
+        sums, counts = evaluator.evaluate(made.model, readers, items, made.mesh, memory_bytes=memory_bytes)
+        return sums / counts
 
-    def together() -> np.ndarray:
-        return evaluator.evaluate(made.model, [reader] * flags.snapshots, items, made.mesh)[0]
-
-    def apart() -> np.ndarray:
-        return evaluator.evaluate(made.model, [reader] * flags.snapshots, items, made.mesh, memory_bytes=1.5 * one)[0]
-
-    seconds: dict[str, list[float]] = {"together": [], "apart": []}
-    difference = float(np.abs(together() - apart()).max())  # fills the compile cache too
+    ways = {"together": 0.0, "apart": 1.5 * one}
+    first = {name: scores(memory) for name, memory in ways.items()}
+    if flags.scores:
+        flags.scores.write_text(json.dumps(first["together"].reshape(len(flags.checkpoints), -1).tolist()))
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(flags.repeats):
-        for name, run in (("together", together), ("apart", apart)):
+        for name, memory in ways.items():
             start = time.perf_counter()
-            run()
+            scores(memory)
             seconds[name].append(round(time.perf_counter() - start, 2))
-    ratio = float(np.median(seconds["apart"]) / np.median(seconds["together"]))
     print(
         json.dumps(
             {
-                "bench": "probes",
-                "snapshots": flags.snapshots,
+                "bench": "probe",
+                "trainer": "vdjax",
+                "checkpoints": len(flags.checkpoints),
                 "prompts": len(items),
+                "wall_s": float(np.median(seconds["together"])),
                 "seconds": seconds,
-                "apart_over_together": round(ratio, 3),
-                "largest_difference": difference,
+                "tokens_scored": sum(len(item.rendered.tokens) for item in items),
+                "largest_difference": float(np.abs(first["together"] - first["apart"]).max()),
+                "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                "matmul_gflops": round(peak_flops() / 1e9),
+                "work_digest": hashlib.sha256(json.dumps(sequences).encode()).hexdigest()[:16],
             }
         )
     )

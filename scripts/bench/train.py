@@ -25,9 +25,9 @@ from vdjax.models import config as model_config
 from vdjax.models import hf
 from vdjax.models.functional import make_model, shardings
 from vdjax.train import supervised
-from vdjax.train.flops import peak_flops
+from vdjax.train.flops import peak_flops, train_flops
 from vdjax.train.optimizer import make_optimizer
-from vdjax.train.stage import device_batch, fresh_state
+from vdjax.train.stage import device_batch, facts_of, fresh_state
 from vdjax.train.step import make_score_step, make_train_step
 
 
@@ -100,19 +100,27 @@ def main() -> None:
     real = sum(map(len, sequences(timed, flags.batch, flags.objective)))
     shared = int(data.offsets[-1] - data.offsets[flags.warmup * flags.batch])
     share = reference_seconds * len(timed) / len(rows)
+    measured = [batches[i] for i in range(flags.warmup, len(steps))]
+    facts = facts_of(measured, np.zeros(0))
+    used_rows = sum(int((batch["segment_ids"] > 0).any(-1).sum()) for batch in measured)  # empty ones are skipped
+    needed = train_flops(cfg, facts.tokens, facts.scored, facts.attended)
     digest = json.dumps([[int(t) for t in s] for s in sequences(rows, flags.batch, flags.objective)])
     print(
         json.dumps(
             {
                 "bench": flags.objective,
                 "trainer": "vdjax",
-                "dtype": "fp32",
+                "dtype": config.model.compute_dtype,
                 "batch": flags.batch,
                 "row": shape.length,
                 "examples_per_s": round(len(timed) / wall, 4),
                 "examples_per_s_with_reference": round(len(timed) / (wall + share), 4),
                 "real_tokens_per_s": round(real / wall, 2),
                 "tokens_processed_per_s": round(shared / wall, 2),
+                "padding": round(1 - facts.tokens / (used_rows * shape.length), 4),
+                "needed_gflop": round(needed / 1e9, 1),  # forward and backward, matmuls alone
+                "utilisation": round(needed / wall / peak, 4),  # of the rate of a float32 matmul, measured now
+                "bound_s": round(needed / peak, 3),
                 "wall_s": round(wall, 3),
                 "step_s": [round(s, 3) for s in seconds],
                 "compile_s": round(compile_seconds, 1),

@@ -55,8 +55,8 @@ def test_a_run_that_goes_on_leaves_no_event_twice(tmp_path):
     for step in range(10):
         tensorboard.scalars(writer, step, {"loss": 1.0})
     writer.close()
-    torn = writer.path.read_bytes()[:-5]  # killed while it wrote
-    writer.path.write_bytes(torn)
+    torn = writer.file.file.read_bytes()[:-5]  # killed while it wrote
+    writer.file.file.write_bytes(torn)
     writer = tensorboard.open_writer(tmp_path, start_step=6)
     for step in range(6, 9):
         tensorboard.scalars(writer, step, {"loss": 2.0})

@@ -1,17 +1,14 @@
 """The targets of the fuzzer, without it: each reads its seeds, refuses some mutations, and lets no other error out."""
 
-import importlib.util
 import random
 from pathlib import Path
 
 import pytest
+import tiny
 
 from vdjax.errors import UserError
 
-SPEC = importlib.util.spec_from_file_location("fuzz", Path(__file__).parents[2] / "scripts" / "fuzz.py")
-assert SPEC and SPEC.loader
-fuzz = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(fuzz)
+fuzz = tiny.load_script("fuzz.py")
 SLOW = {"tokenizer_json", "tokenizer_config", "generation_config"}  # which load a tokenizer
 
 

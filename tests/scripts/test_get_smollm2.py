@@ -1,6 +1,5 @@
 """scripts/get_smollm2.py on a tiny GGUF file made with the gguf package's own writer."""
 
-import importlib.util
 import json
 import zipfile
 from pathlib import Path
@@ -8,6 +7,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import tiny
 
 gguf = pytest.importorskip("gguf")
 
@@ -20,12 +20,7 @@ TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[2] / "scripts" / "get_smollm2.py"
-    spec = importlib.util.spec_from_file_location("get_smollm2", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tiny.load_script("get_smollm2.py")
 
 
 def llama_cpp_order(weight: np.ndarray, heads: int) -> np.ndarray:

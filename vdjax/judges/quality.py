@@ -145,6 +145,7 @@ def write(judge: Judge, items: Sequence[Labelled], found: Verdicts, folder: Path
         for name in dict.fromkeys(known):
             at = [i for i, each in enumerate(names) if each == name]
             parts[name] = quality(Verdicts(found.p[at], found.graded[at]), [labels[i] for i in at])
+    folder.mkdir(parents=True, exist_ok=True)
     rows = [{"topic": topic, **numbers(part)} for topic, part in parts.items()]
     about = {"judge": judge.name, "judge_hash": judge.hash, "bins": BINS, "topics": rows}
     # JSON has no NaN.

@@ -1,0 +1,32 @@
+"""The table of benchmarks, from made-up results."""
+
+import json
+from pathlib import Path
+
+import tiny
+
+compare = tiny.load_script("bench/compare.py")
+
+
+def write(folder: Path, label: str, *lines: dict) -> None:
+    (folder / f"{label}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_ratio_is_above_1_where_vdjax_is_better_and_taken_round_by_round(tmp_path: Path) -> None:
+    name = "examples_per_s_with_reference"
+    ours = [{name: 6.0, "peak_rss_mb": 1000}, {name: 4.0, "peak_rss_mb": 2000}]
+    theirs = [{"pairs_per_s": 2.0, "peak_rss_train_mb": 4000}, {"pairs_per_s": 1.0, "peak_rss_train_mb": 4000}]
+    write(tmp_path, "dpo-vdjax", *ours)
+    write(tmp_path, "dpo-trl", *theirs)
+    table, ratios = compare.comparisons(tmp_path)
+    found = {name: values for name, values, _ in ratios}
+    assert found == {"DPO, reference included: dpo-trl": [3.0, 4.0], "DPO, peak memory: dpo-trl": [4.0, 2.0]}
+    assert list(table["vdjax"]) == ["5 [4, 6]", "1500 [1000, 2000]"]
+    assert list(table["ratio"]) == ["3.50 [3.00, 4.00]", "3.00 [2.00, 4.00]"]
+
+
+def test_every_comparison_is_of_programs_that_are_run() -> None:
+    for line in compare.LINES:
+        assert line.ours in compare.RUNS and line.peer in compare.RUNS
+        assert compare.RUNS[line.ours][0] == "own" and compare.RUNS[line.peer][0] != "own"
+        assert (line.figure[0] == "-") == (line.peer_figure[0] == "-")
