@@ -163,9 +163,12 @@ def test_another_config_in_the_same_workdir_is_refused(finished: tuple[Path, lis
         experiment.run(config, finished[0], "COMMAND")
 
 
-def test_how_the_work_is_laid_out_may_change(finished: tuple[Path, list[str]], tiny_data: Path) -> None:
+def test_how_the_work_is_laid_out_may_change(tiny_data: Path, tmp_path: Path) -> None:
+    runs.claim(configs.load(tiny.config_spec(tiny_data)), tmp_path, "COMMAND")
     config = configs.load(tiny.config_spec(tiny_data), ["--config.mesh.data=8", "--config.resume_every=7"])
-    runs.claim(config, finished[0], "COMMAND")
+    config.judge_path = "a field of the config's own"
+    config.judges.other = configs.judge("local", path=config.get_ref("judge_path"))
+    runs.claim(config, tmp_path, "COMMAND")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_examples(tiny_data: Path, tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ from vdjax.cluster import Place
 from vdjax.errors import UserError
 
 # Experiments of several processes on the cores of one machine: minutes each.
-SLOW = pytest.mark.skipif(not os.environ.get("VDJAX_SLOW"), reason="takes minutes; VDJAX_SLOW=1 runs it")
 LIMIT_S = 400  # after which what a test has started is killed
 
 
@@ -155,7 +154,7 @@ def test_two_processes_do_what_one_does(uninterrupted: Path, alone: Path) -> Non
     assert not list(uninterrupted.glob(".seen*"))
 
 
-@SLOW
+@tiny.SLOW
 def test_a_killed_process_ends_the_others_and_the_job_goes_on_bit_for_bit(
     uninterrupted: Path, arguments: list[str], tmp_path: Path
 ) -> None:
@@ -194,12 +193,12 @@ def stopped(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     return folder / "run"
 
 
-@SLOW
+@tiny.SLOW
 def test_a_signal_to_one_process_stops_all_at_the_same_step(stopped: Path) -> None:
     assert resume_points(stopped, "dpo")[-1] == 3
 
 
-@SLOW
+@tiny.SLOW
 def test_four_processes_go_on_where_two_stopped(
     stopped: Path, alone: Path, plain: list[str], tmp_path: Path
 ) -> None:
@@ -210,7 +209,7 @@ def test_four_processes_go_on_where_two_stopped(
     assert_close(alone, tmp_path / "run")
 
 
-@SLOW
+@tiny.SLOW
 def test_one_process_goes_on_on_another_mesh(
     stopped: Path, uninterrupted: Path, alone: Path, arguments: list[str], tmp_path: Path
 ) -> None:
@@ -224,6 +223,7 @@ def test_one_process_goes_on_on_another_mesh(
     assert (said[0] == said[1]).mean() > 0.95
 
 
+@tiny.SLOW
 def test_a_process_that_hangs_ends_the_others(plain: list[str], tmp_path: Path) -> None:
     run = [*plain, "--workdir", str(tmp_path / "run")]
     left, hung = training(2, run, tmp_path, armed={1: "STOP sft 1"}, HEARTBEAT_S="5")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import readme
+import tiny
 
 from vdjax import config as configs
 from vdjax import snapshots
@@ -30,6 +31,7 @@ COMMANDS = [
 ]
 
 
+@tiny.SLOW  # .ci/run runs them from the wheel
 def test_snippets_run(
     finished: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:

@@ -17,7 +17,7 @@ from test_study_report import latex_errors
 from vdjax.drift.tensorboard import png_size
 
 ROOT = tiny.HERE.parent
-pytestmark = pytest.mark.skipif(not os.environ.get("VDJAX_SLOW"), reason="takes minutes; VDJAX_SLOW=1 runs it")
+pytestmark = tiny.SLOW
 TRUNKS = [f"tiny-smoke-seed-{seed}" for seed in (0, 1)]
 CELLS = {("sft", "")} | {(o, data) for o in ("dpo", "simpo") for data in ("first", "second")}
 

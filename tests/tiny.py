@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -26,6 +27,7 @@ from vdjax.train.plan import StagePlan
 from vdjax.train.stage import Stage
 
 HERE = Path(__file__).parent
+SLOW = pytest.mark.skipif(not os.environ.get("VDJAX_SLOW"), reason="takes minutes; VDJAX_SLOW=1 runs it")
 VOCAB = 260  # of the byte-level tokenizer
 
 COMMON = {

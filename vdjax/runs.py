@@ -196,10 +196,13 @@ def _claim(config: ConfigDict, workdir: Path, command: str) -> None:
     if file.exists():
         theirs = _config_of(file)
         before, now = configs.flat(theirs), configs.flat(mine)
+        fields = configs.experiment()
         differ = sorted(
             key
             for key in before.keys() | now.keys()
-            if before.get(key) != now.get(key) and not key.startswith(FREE_FIELDS)
+            if before.get(key) != now.get(key)
+            and not key.startswith(FREE_FIELDS)
+            and ("." in key or key in fields)  # a config's own fields matter where others take their values
         )
         if differ:
             shown = "\n".join(f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differ[:20])

@@ -11,8 +11,6 @@ import tiny
 LAYOUTS = {
     "data=8": [2, 32, 48],
     "fsdp=8": [2, 4, 48],
-    "data=2,fsdp=4": [2, 8, 48],
-    "fsdp=4,tensor=2": [2, 8, 24],
     "data=2,fsdp=2,tensor=2": [2, 16, 24],
     "data=2,context=4": [2, 8, 48],
     "fsdp=2,context=2,tensor=2": [2, 8, 24],
@@ -62,7 +60,7 @@ def test_a_resume_point_of_factored_moments_is_read_under_any_layout(results: di
 
 def test_the_head_gives_the_log_probs_and_gradients_of_a_whole_softmax(results: dict[str, Any]) -> None:
     """Float32 on 192 tokens; gradients are sums of up to all of them."""
-    assert len(results["head"]) == 9
+    assert len(results["head"]) == 7
     for layout, (values, d_hidden, d_table) in results["head"].items():
         assert values < 1e-5 and d_hidden < 1e-5 and d_table < 3e-5, layout
 

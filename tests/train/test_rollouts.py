@@ -48,7 +48,12 @@ def metrics(workdir: Path, stage: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "problem", "tokens"), [("ppo", "says_a", 8), ("rloo", "arm", 1), ("grpo", "says_a", 8)]
+    ("name", "problem", "tokens"),
+    [
+        ("rloo", "arm", 1),
+        pytest.param("ppo", "says_a", 8, marks=tiny.SLOW),
+        pytest.param("grpo", "says_a", 8, marks=tiny.SLOW),
+    ],
 )
 def test_a_bandit_and_a_say_this_token_task_are_solved(
     name: str, problem: str, tokens: int, tiny_data: Path, tmp_path: Path
@@ -125,6 +130,7 @@ def params_of(snapshot: Path, head: str) -> dict[str, np.ndarray]:
     return {".".join(path): read(path, tuple(slice(0, n) for n in leaf.shape)) for path, leaf in _leaves(shapes)}
 
 
+@tiny.SLOW
 def test_interrupted_in_the_middle_of_ppo_equals_uninterrupted(
     finished: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -160,9 +166,9 @@ def test_the_reward_model_learns_and_ppo_uses_it(finished: Path) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("lora.rank=2",),
+        pytest.param(("lora.rank=2",), marks=tiny.SLOW),
         ("lora.rank=2", "hyper.value_model=shared", "rollout.minibatches=3"),
-        ("hyper.value_model=shared", "rollout.temperature=0.7", "rollout.top_p=0.9"),
+        pytest.param(("hyper.value_model=shared", "rollout.temperature=0.7", "rollout.top_p=0.9"), marks=tiny.SLOW),
     ],
     ids=["adapters", "adapters-shared", "shared-temperature"],
 )

@@ -1,5 +1,6 @@
 """The train step against gradients that are put together from unpacked log-probs and closed-form derivatives."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,21 +45,31 @@ class Case(NamedTuple):
     gradient: Any
 
 
+Pull = Callable[[tiny.Alone, np.ndarray], tuple[jax.Array, Any]]
+
+
 @pytest.fixture(scope="module")
-def cases(qwen: tuple[Model, Any]) -> dict[str, Case]:
-    """Losses and their derivatives by log-prob in float64; the model's own derivative from plain logits."""
+def pull(qwen: tuple[Model, Any]) -> Pull:
+    """Log-probs [sequences, 63] from plain logits, and the gradient of their sum with the given weights."""
     made, params = qwen
 
     @jax.jit
-    def pull(params: Any, rows: jax.Array, weights: jax.Array) -> tuple[jax.Array, Any]:
+    def of(params: Any, rows: jax.Array, weights: jax.Array) -> tuple[jax.Array, Any]:
         out, vjp = jax.vjp(lambda p: tiny.naive_log_probs(made, p, rows), params)
         return out, vjp(weights)[0]
 
+    return lambda parts, weights: of(params, parts.rows, (weights * parts.scored).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def cases(pull: Pull) -> dict[str, Case]:
+    """Losses and their derivatives by log-prob in float64; the model's own derivative from plain logits."""
+
     def log_probs(parts: tiny.Alone) -> np.ndarray:
-        return np.asarray(pull(params, parts.rows, np.zeros(parts.scored.shape, np.float32))[0], np.float64)
+        return np.asarray(pull(parts, np.zeros(parts.scored.shape))[0], np.float64)
 
     def gradient(parts: tiny.Alone, weights: np.ndarray) -> Any:
-        return pull(params, parts.rows, (weights * parts.scored).astype(np.float32))[1]
+        return pull(parts, weights)[1]
 
     documents = tiny.each_alone([pipeline.example(DOCUMENTS, i) for i in range(14)])
     pairs = tiny.each_alone([pipeline.example(PAIRS, i) for i in range(7)])
@@ -216,10 +227,11 @@ LABELS = np.array([1, 0, 0, 1, 1, 0, 1], np.float32)
 KEPT = {"bco_pair": {"mean": 0.4, "count": 6.0}, "bco": {"mean": 0.4, "count": 6.0}}
 
 
-def direct_loss(made: Model, params: Any, name: str, hyper: dict[str, Any], reference: np.ndarray) -> jax.Array:
+def direct_loss(
+    log_probs: jax.Array, parts: tiny.Alone, name: str, hyper: dict[str, Any], reference: np.ndarray
+) -> jax.Array:
     """The mean loss over the seven pairs of PAIRS (or, unpaired, over their first responses)."""
-    parts = tiny.each_alone([pipeline.example(PAIRS, i) for i in range(7)])
-    token_log_probs = jnp.where(parts.scored, tiny.naive_log_probs(made, params, parts.rows), 0)
+    token_log_probs = jnp.where(parts.scored, log_probs, 0)
     at = np.where(parts.scored, PAIRS.offsets[parts.source[..., 0]] + parts.source[..., 1], 0)
     token_reference = np.where(parts.scored, reference[at], 0)
     length = parts.scored.sum(1)
@@ -248,7 +260,7 @@ OTHERS = [n for n, o in OBJECTIVES.items() if o.kind == "unpaired" or (o.kind ==
 
 @pytest.mark.parametrize("name", [*OTHERS, "ld_dpo", "orpo", "simpo"])
 def test_any_objective_has_the_gradient_of_its_loss_over_the_whole_batch(
-    qwen: tuple[Model, Any], cases: dict[str, Case], name: str
+    qwen: tuple[Model, Any], cases: dict[str, Case], pull: Pull, name: str
 ) -> None:
     """Over seven microbatches of one row, some of them empty; a step's loss may look at all pairs at once."""
     made, params = qwen
@@ -261,7 +273,10 @@ def test_any_objective_has_the_gradient_of_its_loss_over_the_whole_batch(
     beside = {"reference_log_probs": reference, "labels": np.repeat(LABELS, pipeline.lengths(PAIRS))}
     batches = pipeline.batches(PAIRS, pipeline.in_order(7, 7), Shape(9, 64, 14), 1, beside)
     batch = {k: v for k, v in batches[0].items() if k not in BESIDE}
-    loss, gradient = jax.jit(jax.value_and_grad(lambda p: direct_loss(made, p, name, hyper, reference)))(params)
+    parts = tiny.each_alone([pipeline.example(PAIRS, i) for i in range(7)])
+    log_probs, _ = pull(parts, np.zeros(parts.scored.shape))
+    loss, slopes = jax.value_and_grad(direct_loss)(log_probs, parts, name, hyper, reference)
+    _, gradient = pull(parts, np.asarray(slopes))
 
     spec = LossSpec(made.graphdef, name, hyper, 14, 16)
     step = jax.jit(make_train_step(spec, optax.sgd(1.0)))
