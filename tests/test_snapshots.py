@@ -213,6 +213,7 @@ def test_a_damaged_snapshot_gives_an_error_that_names_it_and_never_other_values(
         read()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of what Orbax read beside
 def test_a_damaged_resume_point_is_left_for_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tree = params(0)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
@@ -241,6 +242,7 @@ def test_a_damaged_resume_point_is_left_for_the_one_before(tmp_path: Path, capsy
         snapshots.restore_resume(snapshots.resume_manager(tmp_path / "resume"), abstract)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_resume_point_without_its_files_is_left_for_the_one_before(tmp_path: Path) -> None:
     tree = params(0)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

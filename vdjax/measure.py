@@ -45,7 +45,7 @@ class Series(NamedTuple):
 
     stage: str
     steps: list[int]
-    readers: list[hf.Reader]
+    readers: Sequence[hf.Reader]
     ends: tuple[int, int]  # the first step and the last
     base: Any = None  # the parameters that adapters lie beside
 

@@ -8,8 +8,9 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +27,8 @@ COMMITTED = "commit_success.txt"  # Orbax's mark of a whole snapshot
 ABOUT = "_CHECKPOINT_METADATA"  # Orbax's file for what is saved beside arrays
 
 
-class Reader(NamedTuple):
+@dataclass(frozen=True)
+class Reader:
     """Reads any slice of any parameter of a snapshot."""
 
     snapshot: Path
