@@ -97,6 +97,26 @@ def test_interrupted_equals_uninterrupted(
         assert (one / "drift" / table).read_text() == (other / "drift" / table).read_text()
 
 
+def test_a_disk_that_is_full_is_named_and_the_same_command_goes_on(
+    finished: tuple[Path, list[str]], tiny_data: Path, tmp_path: Path
+) -> None:
+    """Full for files of more than 20 kB, which snapshots have."""
+    full = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)); "
+    command = [sys.executable, "-c", full + "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"]
+    command += [str(tiny.HERE / "stop_at.py"), "RUN", "sft", "0"]
+    command += ["--config", tiny.config_spec(tiny_data), "--workdir", str(tmp_path / "run")]
+    result = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=300)
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and last.startswith(f"error: {tmp_path / 'run' / 'sft'}"), result.stderr
+    assert "cannot be written: File too large. What was saved before is whole" in last
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "peak_flops", lambda: 1e9)
+        experiment.run(configs.load(tiny.config_spec(tiny_data)), tmp_path / "run", "COMMAND")
+    a, b = (all_params(workdir / "dpo" / "snapshots" / "6") for workdir in (finished[0], tmp_path / "run"))
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
 def test_training_moves_and_its_log_is_complete(finished: tuple[Path, list[str]]) -> None:
     workdir = finished[0]
     first, last = (all_params(workdir / "dpo" / "snapshots" / str(step)) for step in (0, 6))

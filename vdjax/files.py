@@ -5,11 +5,13 @@ cannot do alike is done here and nowhere else: an object in a bucket appears who
 to, mapped into memory or locked, and a folder is only a part of names, which cannot be renamed.
 """
 
+import errno
 import hashlib
 import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 UPLOAD_S = 60.0  # between two uploads of a file that grows
 
 # Several hosts write into a bucket, so what one of them has listed once may not be so any more.
@@ -223,6 +226,23 @@ def remove_tree(folder: Path) -> None:
         cast(Any, folder).rmtree()
     else:
         shutil.rmtree(folder)
+
+
+def disk_problem(error: BaseException) -> str:
+    """What is wrong with the disk that an error comes from, and what to do; empty where it comes from elsewhere."""
+    cause: BaseException | None = error
+    while cause:
+        said = re.search(r"os_error_code='(\d+)'", str(cause))  # all that tensorstore tells
+        number = cause.errno if isinstance(cause, OSError) else int(said[1]) if said else None
+        if number in DISK_ERRORS:
+            named = re.search(r'local file "([^"]+)"', str(cause))
+            where = named[1] if named else getattr(cause, "filename", None) or "a file"
+            return (
+                f"{where}: cannot be written: {os.strerror(number)}. What was saved before is whole: make room or mend "
+                "the disk, and the same command goes on from there"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 # Reading

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import logging
 import os
 import signal
 import sys
@@ -33,6 +34,7 @@ def start(flags: argparse.Namespace | None = None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what Orbax's threads log is raised where they are waited for
 
     def on_term(*_: Any) -> None:
         raise KeyboardInterrupt("terminated")
