@@ -5,8 +5,8 @@ files of anthropics/evals (persona). Immigration and gun rights are held out who
 other files say about them is trained on; WORKDIR/quality has accuracy, calibration and confusion on them.
 
 configs/judge_smollm2.py:all trains on all topics, and is measured on the fifth of the statements that no judge sees.
-Either is used by `config.judge("local", path="WORKDIR/judge/snapshots/LAST", template="trained-v1")`. Not yet
-timed on free cores. The learning rate is ours.
+Either is used by `config.judge("local", path="WORKDIR/judge/snapshots/LAST", template="trained-v1")`.
+10 to 20 minutes on two cores. The learning rate is ours.
 """
 
 from ml_collections import ConfigDict

@@ -83,7 +83,7 @@ def gaps(points: pd.DataFrame) -> pd.DataFrame:
         return points
     rows = points.rename(columns={"drift": "magnitude"}).to_dict("records")
     table = points[["readout", *AXES, "topic", "seeds"]].copy()
-    table["value gap"] = [f"{signed(r['gap'])} [{signed(r['gap_low'])}, {signed(r['gap_high'])}]" for r in rows]
+    table["value gap"] = [signed(r["gap"]) + interval(r["gap_low"], r["gap_high"]) for r in rows]
     table["drift"] = [magnitude_cell(row) for row in rows]
     for name in ("agrees", "certain"):
         table[name] = points[name].map({True: "yes", False: "no"})
@@ -101,9 +101,7 @@ def titled(table: pd.DataFrame) -> pd.DataFrame:
 def magnitude_cell(row: dict) -> str:
     if math.isnan(row["magnitude"]):
         return "–"
-    text = signed(row["magnitude"]) + mark(row)
-    if not math.isnan(row["ci_low"]):
-        text += f" [{signed(row['ci_low'])}, {signed(row['ci_high'])}]"
+    text = signed(row["magnitude"]) + mark(row) + interval(row["ci_low"], row["ci_high"])
     return text if row["seeds"] < 2 else f"{text} {row['significant']}/{row['seeds']}"
 
 
@@ -127,6 +125,10 @@ def mark(row: dict) -> str:
 
 def signed(value: float) -> str:
     return f"{round(value, 3) + 0.0:+.3f}"  # + 0.0: no "-0.000"
+
+
+def interval(low: float, high: float) -> str:
+    return "" if math.isnan(low) else f" [{signed(low)}, {signed(high)}]"
 
 
 def percent(value: float) -> str:
