@@ -4,7 +4,7 @@ import tempfile
 # One compile cache for this session and the processes that its tests start; the user's own is left alone.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vdjax-test-compiled-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Compiling is a third cheaper without LLVM's optimisations, and more than any test's execution.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")

@@ -31,7 +31,8 @@ def start(flags: argparse.Namespace | None = None) -> None:
     place = cluster.find(flags, os.environ)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "vdjax" / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    # JAX keeps those that took a second. A start has dozens that take less, and together as long as the train step.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # what Orbax's threads log is raised where they are waited for
