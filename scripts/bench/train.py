@@ -60,6 +60,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--microbatch_rows", type=int, default=1)
+    parser.add_argument("--row_length", type=int, default=0)
     flags, overrides = parser.parse_known_args()
     config = configs.experiment()
     for flag in overrides:
@@ -76,7 +78,7 @@ def main() -> None:
     stage = configs.stage(flags.objective, optimizer=rate, batch_size=flags.batch)
     data = dataset(rows, flags.objective)
     steps = pipeline.in_order(len(data), flags.batch)
-    shape = pipeline.plan(data, steps, row_length=0, row_multiple=1)
+    shape = pipeline.plan(data, steps, row_length=flags.row_length, row_multiple=flags.microbatch_rows)
     optimizer = make_optimizer(stage.optimizer, flags.steps + flags.warmup)
     spec = supervised.loss_spec(model, stage, shape)
     peak = peak_flops()
@@ -84,7 +86,7 @@ def main() -> None:
         beside, reference_seconds = {}, 0.0
         if flags.objective == "dpo":
             beside["reference_log_probs"], reference_seconds = reference_pass(model, params, stage, data, mesh)
-        batches = pipeline.batches(data, steps, shape, 1, beside)
+        batches = pipeline.batches(data, steps, shape, flags.microbatch_rows, beside)
         state = fresh_state(params, optimizer, {})
         first = device_batch(batches[0], mesh)
         start = time.perf_counter()
