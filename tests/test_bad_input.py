@@ -342,6 +342,12 @@ BAD = [
         answered(completion(choice={"logprobs": {"content": [{"top_logprobs": [{"token": "A", "logprob": "x"}]}]}})),
         ("m at http", "no chat completion")),
     # What a workdir keeps
+    Bad("workdir that is a file", {"run": ""}, lambda f: runs.held(f / "run").__enter__(),
+        ("run: a file stands there or in its path", "expected a directory")),
+    Bad("workdir in a file", {"run": ""}, lambda f: runs.held(f / "run" / "a").__enter__(),
+        ("a: a file stands there or in its path", "expected a directory")),
+    Bad("snapshot without what is saved beside arrays", {"5/_METADATA": "{}"}, lambda f: snapshots.open_reader(f / "5"),
+        ("5/_CHECKPOINT_METADATA: cannot be read back",)),
     Bad("workdir with a damaged config.json", {"config.json": "{"},
         lambda f: runs.claim(configs.experiment(), f, ""), ("config.json: cannot be read back",)),
     Bad("workdir of another experiment", {"config.json": json.dumps({"config": {"seed": 7}})},

@@ -157,19 +157,28 @@ def locate(snapshot: Path) -> tuple[ConfigDict, str, Path]:
 def held(folder: Path) -> Iterator[bool]:
     """Whether this process (of several hosts: the first) holds the experiment's lock, which is freed when it dies.
 
-    A bucket has no locks: there every process holds it, and the user sees to it that shards differ.
+    A bucket has no locks, nor has every file system: there every process holds it, and the user sees to it that no two
+    do the same.
+
+    Raises:
+      UserError: no directory can be there.
     """
     files: list[int] = []
 
     def lock() -> bool:
         if in_bucket(folder):
             return True
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{folder}: a file stands there or in its path; expected a directory") from None
         files.append(os.open(folder / "lock", os.O_RDWR | os.O_CREAT))
         try:
             fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError:
+            return True
         return True
 
     try:
