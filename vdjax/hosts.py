@@ -361,7 +361,7 @@ def end(status: int, message: str, details: str = "") -> None:
             threading.Event().wait()
     with contextlib.suppress(JaxRuntimeError):  # another process may have been first
         _client().key_value_set(NOTICE, json.dumps((index(), status, message)))
-    missing = _roll_call()
+    missing = _roll_call(status)
     if missing:
         _print(f"{_lost(listed(missing))}\n({message})")
     elif details:
@@ -369,21 +369,22 @@ def end(status: int, message: str, details: str = "") -> None:
     _exit(LOST if missing else status)
 
 
-def _roll_call() -> list[int]:
-    """The processes that do not come to the end."""
+def _roll_call(status: int) -> list[int]:
+    """The processes that do not come to the end, which has `status` where all do."""
     try:
         _client().key_value_set(f"{ENDED}/{index()}", "")
         if _wait_at(ENDED, ROLL_CALL_S, lambda _: None):
             here = {int(key.rpartition("/")[2]) for key, _ in _client().key_value_dir_get(f"{ENDED}/")}
             return [i for i in range(count()) if i not in here]
+        _status.append(status)  # whoever is gone from here on is not lost
         # The coordinator goes last, for without it the others would be told that it is lost.
         _client().key_value_set(f"{BYE}/{index()}", "")
-        for _ in range(50 if index() == 0 else 0):
+        for _ in range(200 if index() == 0 else 0):
             if len(_client().key_value_dir_get(f"{BYE}/")) == count():
                 break
             time.sleep(0.1)
     except JaxRuntimeError:
-        return [0] if index() else []
+        return [0] if index() and not _status else []
     return []
 
 
