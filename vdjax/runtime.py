@@ -40,7 +40,12 @@ def start(flags: argparse.Namespace | None = None) -> None:
     def on_term(*_: Any) -> None:
         raise KeyboardInterrupt("terminated")
 
+    def on_unraisable(what: Any) -> None:
+        if str(what.exc_value) != "Event loop is closed":  # tensorstore's, of each write beside one that failed
+            sys.__unraisablehook__(what)
+
     signal.signal(signal.SIGTERM, on_term)
+    sys.unraisablehook = on_unraisable
     if place:
         from vdjax import runs
 
