@@ -72,7 +72,7 @@ def train_steps(found: list[dict[str, Any]]) -> list[dict[str, str]]:
                 "parameters + optimizer": f"{parts['parameters'] + parts['optimizer']:.2f}",
                 "temporaries": f"{parts.get('temporaries', 0):.2f}",
                 "needed of HBM": of_hbm(row, step),
-                "collectives GB": f"{moved:.1f}" if fits else "",
+                "collectives GB": f"{moved:.1f}" if seconds else "",
                 "TFLOP done (needed)": f"{step['tflops']:.0f} ({step['needed_tflops']:.0f})",
                 "s at peak": f"{max(seconds.values()):.2f} to {sum(seconds.values()):.2f}" if seconds else "",
                 "compiled in s": f"{step['compile_s']:.0f}",

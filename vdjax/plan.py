@@ -170,6 +170,10 @@ def of_program(name: str, plan: Plan, work: Work) -> Iterator[str]:
     for each in plan.collectives:
         where = " and ".join(each.over) or "no axis"
         yield f"  {each.kind} over {where}: {each.times:,.0f} times, {each.sent / 1e9:.3g} GB sent"
+    if plan.message:
+        yield f"  {plan.message}"
+        yield f"  matmuls: {plan.tflops:.3g} TFLOP a chip, of which {plan.needed_tflops:.3g} are needed"
+        return
     times = roofline(plan, work)
     best, worst = max(times.values()), sum(times.values())
     yield f"  matmuls: {plan.tflops:.3g} TFLOP a chip, of which {plan.needed_tflops:.3g} are needed"
@@ -205,7 +209,7 @@ def as_json(flags: argparse.Namespace, work: Work, plans: Mapping[str, Plan]) ->
             {"kind": each.kind, "over": each.over, "count": each.times, "bytes": each.sent} for each in plan.collectives
         ]
         fields["largest"] = [{"gib": size, "array": what} for size, what in plan.largest]
-        out[name] = fields | {"roofline_s": roofline(plan, work) if plan.fits else None}
+        out[name] = fields | {"roofline_s": roofline(plan, work) if plan.fits and not plan.message else None}
     return out
 
 
