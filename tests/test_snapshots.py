@@ -250,9 +250,11 @@ def test_a_resume_point_without_its_files_is_left_for_the_one_before(tmp_path: P
     for step in (2, 4):
         snapshots.save_resume(manager, step, tree, {"next_index": step})
     manager.close()
+    taken = set()
     for i, file in enumerate(files_of(tmp_path / "whole" / "4")):
         folder = shutil.copytree(tmp_path / "whole", tmp_path / str(i))
         (folder / file.relative_to(tmp_path / "whole")).unlink()
         state, position = snapshots.restore_resume(snapshots.resume_manager(folder), abstract) or (None, {})
-        assert position["next_index"] in (2, 4)
+        taken.add(position["next_index"])
         jax.tree.map(np.testing.assert_array_equal, state, tree)
+    assert taken == {2, 4}  # some files are not needed

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # those that only writing meets
 UPLOAD_S = 60.0  # between two uploads of a file that grows
 
 # Several hosts write into a bucket, so what one of them has listed once may not be so any more.
@@ -228,21 +228,18 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def disk_problem(error: BaseException) -> str:
+def disk_problem(error: Exception) -> str:
     """What is wrong with the disk that an error comes from, and what to do; empty where it comes from elsewhere."""
-    cause: BaseException | None = error
-    while cause:
-        said = re.search(r"os_error_code='(\d+)'", str(cause))  # all that tensorstore tells
-        number = cause.errno if isinstance(cause, OSError) else int(said[1]) if said else None
-        if number in DISK_ERRORS:
-            named = re.search(r'local file "([^"]+)"', str(cause))
-            where = named[1] if named else getattr(cause, "filename", None) or "a file"
-            return (
-                f"{where}: cannot be written: {os.strerror(number)}. What was saved before is whole: make room or mend "
-                "the disk, and the same command goes on from there"
-            )
-        cause = cause.__cause__ or cause.__context__
-    return ""
+    said = re.search(r"os_error_code='(\d+)'", str(error))  # all that tensorstore tells
+    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+    if number not in DISK_ERRORS:
+        return ""
+    named = re.search(r'local file "([^"]+)"', str(error))
+    where = named[1] if named else getattr(error, "filename", None) or "a file"
+    return (
+        f"{where}: cannot be written: {os.strerror(number)}. What was saved before is whole: make room or mend the disk"
+        ", and the same command goes on from there"
+    )
 
 
 # Reading

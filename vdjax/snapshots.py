@@ -120,8 +120,7 @@ def check_stacked(readers: Sequence[Any], params: Any, axes: Any) -> None:
     """
     if not any(isinstance(reader, Reader) and reader.checksums for reader in readers):
         return
-    leaves, tree = jax.tree.flatten(params)
-    sums = jax.tree.unflatten(tree, _stacked_sums(leaves, tuple(jax.tree.leaves(axes))))
+    sums = _stacked_sums(jax.tree.leaves(params), tuple(jax.tree.leaves(axes)))
     found = {name: sharding.fetch(values) for name, values in _named(params, sums).items()}
     for i, reader in enumerate(readers):
         if isinstance(reader, Reader):
@@ -129,13 +128,16 @@ def check_stacked(readers: Sequence[Any], params: Any, axes: Any) -> None:
 
 
 def _compare(reader: Reader, found: Mapping[str, int]) -> None:
-    for name, value in found.items():
-        if reader.checksums.get(name, value) != value:
-            stage = reader.snapshot.parent.parent
-            raise UserError(
-                f"{reader.snapshot}: {name} is not what was saved: files in there are damaged. Put back a copy of "
-                f"them, or remove {stage}: the run's command then trains that stage again, to the same values"
-            )
+    for name in _changed(reader.checksums, found):
+        raise UserError(
+            f"{reader.snapshot}: {name} is not what was saved: files in there are damaged. Put back a copy of them, "
+            f"or remove {reader.snapshot.parents[1]}: the run's command trains that stage again, to the same values"
+        )
+
+
+def _changed(saved: Mapping[str, int], found: Mapping[str, int]) -> list[str]:
+    """Names of arrays whose checksum is another; what was read as another dtype has another name."""
+    return [name for name, value in found.items() if saved.get(name, value) != value]
 
 
 def resume_manager(folder: Path) -> ocp.CheckpointManager:
@@ -185,14 +187,13 @@ def _restore(manager: ocp.CheckpointManager, step: int, abstract_state: Any) -> 
     except Exception as error:  # Orbax and tensorstore raise whatever the damage leads to
         return None, {}, str(error).partition("\n")[0][:200] or type(error).__name__
     position = dict(out["position"])
-    saved, found = position.pop("checksums", {}), checksums(out["state"])
-    changed = [name for name in saved if found.get(name, saved[name]) != saved[name]]
+    changed = _changed(position.pop("checksums", {}), checksums(out["state"]))
     return out["state"], position, f"{changed[0]} is not what was saved" if changed else ""
 
 
 def checksums(params: Any) -> dict[str, int]:
     """Of every array a hash of its bits that is the same on any number of devices; names say its dtype too."""
-    return {name: int(value) for name, value in _named(params, _sums(params)).items()}
+    return {name: int(value) for name, value in _named(params, jax.device_get(_sums(params))).items()}
 
 
 def fingerprint(params: Any) -> str:
@@ -202,7 +203,7 @@ def fingerprint(params: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _named(params: Any, values: Any) -> dict[str, jax.Array]:
+def _named(params: Any, values: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     names = [f"{jax.tree_util.keystr(path, simple=True, separator='.')} ({leaf.dtype})" for path, leaf in leaves]
     return dict(zip(names, jax.tree.leaves(values), strict=True))

@@ -26,35 +26,32 @@ from vdjax.studies.tables import to_markdown
 
 HERE = Path(__file__).parent
 CHECKPOINTS = 8
+DPO = "{here}/train.py --model {model} --objective dpo --batch 4"
+SFT = "{here}/train.py --model {model} --objective sft --batch 8"
+BF16 = " --config.model.compute_dtype=bfloat16"
 
 # Label, whose Python, script and arguments; {name} is filled in. Peers and ours take turns in this order.
 RUNS: dict[str, tuple[str, str]] = {
     "dpo-trl": ("peer", "{peers}/trl_dpo.py --model {model} --data {data}"),
-    "dpo-vdjax": ("own", "{here}/train.py --model {model} --rows {rows} --objective dpo --batch 4"),
+    "dpo-vdjax": ("own", DPO + " --rows {rows}"),
     "dpo-trl-precompute": ("peer", "{peers}/trl_dpo.py --model {model} --data {data} --precompute"),
     "dpo-hf": ("peer", "{peers}/hf_dpo.py --model {model} --data {data}"),
     "dpo-hf-precompute": ("peer", "{peers}/hf_dpo.py --model {model} --data {data} --precompute"),
     "dpo-trl-bf16": ("peer", "{peers}/trl_dpo.py --model {model} --data {data} --bf16"),
-    "dpo-vdjax-bf16": (
-        "own",
-        "{here}/train.py --model {model} --rows {rows} --objective dpo --batch 4 --config.model.compute_dtype=bfloat16",
-    ),
+    "dpo-vdjax-bf16": ("own", DPO + " --rows {rows}" + BF16),
     "sft-trl": ("peer", "{peers}/trl_sft.py --model {model} --data {data}"),
-    "sft-vdjax": ("own", "{here}/train.py --model {model} --rows {rows} --objective sft --batch 8"),
+    "sft-vdjax": ("own", SFT + " --rows {rows}"),
     "sft-hf": ("peer", "{peers}/trl_sft.py --model {model} --data {data} --trainer hf"),
     "sft-trl-bfd": ("peer", "{peers}/trl_sft.py --model {model} --data {data} --mode bfd --steps 4"),
     "sft-trl-wrapped": ("peer", "{peers}/trl_sft.py --model {model} --data {data} --mode wrapped --steps 4"),
     "sft-hf-bf16": ("peer", "{peers}/trl_sft.py --model {model} --data {data} --trainer hf --bf16"),
-    "sft-vdjax-bf16": (
-        "own",
-        "{here}/train.py --model {model} --rows {rows} --objective sft --batch 8 --config.model.compute_dtype=bfloat16",
-    ),
+    "sft-vdjax-bf16": ("own", SFT + " --rows {rows}" + BF16),
     "dpo-tunix": ("tunix", "{peers}/tunix_dpo.py --weights {model} --rows {rows} --steps 6"),
     "sft-tunix": ("tunix", "{peers}/tunix_sft.py --weights {model} --rows {rows} --steps 6"),
     "dpo-tunix-full": ("tunix", "{peers}/tunix_dpo.py --weights {model} --rows {full} --steps 6"),
-    "dpo-vdjax-full": ("own", "{here}/train.py --model {model} --rows {full} --objective dpo --batch 4"),
+    "dpo-vdjax-full": ("own", DPO + " --rows {full}"),
     "sft-tunix-full": ("tunix", "{peers}/tunix_sft.py --weights {model} --rows {full} --steps 6"),
-    "sft-vdjax-full": ("own", "{here}/train.py --model {model} --rows {full} --objective sft --batch 8"),
+    "sft-vdjax-full": ("own", SFT + " --rows {full}"),
     "probe-hf": ("peer", "{peers}/hf_probe.py --model {model} --ckpts {checkpoints}"),
     "probe-vdjax": ("own", "{here}/probes.py --checkpoints {each_checkpoint} --questions {peers}/stance_items.json"),
     "generate-hf": ("peer", "{peers}/hf_generate.py --model {model} --data {data}"),

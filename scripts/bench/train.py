@@ -52,7 +52,7 @@ def sequences(rows: list[dict], batch: int, objective: str) -> list[list[int]]:
     return out
 
 
-def main() -> None:
+def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rows", type=Path, required=True)
@@ -62,7 +62,11 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--microbatch_rows", type=int, default=1)
     parser.add_argument("--row_length", type=int, default=0)
-    flags, overrides = parser.parse_known_args()
+    return parser, *parser.parse_known_args()
+
+
+def main() -> None:
+    parser, flags, overrides = arguments()
     config = configs.experiment()
     for flag in overrides:
         configs.override(config, flag)
