@@ -63,6 +63,7 @@ def experiment(arg: str, sizes: dict[str, str], chat_template: str, preference: 
     c.model.path = sizes[size]
     c.model.param_dtype = "float32"  # 12 bytes a parameter with AdamW's moments, and 4 more for gradients
     c.model.compute_dtype = "bfloat16"
+    c.model.head_chunk = 512
     c.model.remat = "full"  # the memory of one layer's activations, for a third more work
     c.model.query_chunk = 512  # no [length, length] array of attention weights
     c.tokenizer.chat_template = chat_template

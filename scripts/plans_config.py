@@ -9,7 +9,7 @@ def get_config(arg: str) -> ConfigDict:
     model, stage = arg.split(",")
     c = config.experiment()
     c.model.name, c.tokenizer.path = model, "bytes"
-    c.model.compute_dtype, c.model.remat = "bfloat16", "full"
+    c.model.compute_dtype, c.model.remat, c.model.head_chunk = "bfloat16", "full", 512
     c.stages = (stage,)
     c[stage] = config.stage(stage, max_length=2048, data={"path": "none"})  # no data are read
     return c

@@ -43,7 +43,7 @@ def experiment() -> ConfigDict:
     c.model.unroll = 1  # layers per iteration of the layer loop
     c.model.attention = "auto"  # auto: splash (Pallas kernels) on TPU, plain elsewhere
     c.model.query_chunk = 128  # queries per attention block; 0: all at once
-    c.model.head_chunk = 512  # scored tokens per application of the vocabulary head
+    c.model.head_chunk = 128  # scored tokens per application of the vocabulary head; on TPU 512
 
     c.tokenizer = ConfigDict()
     c.tokenizer.path = ""  # empty: the model's; "bytes": the built-in byte-level one

@@ -24,6 +24,7 @@ from vdjax.data.chat import Rendered
 from vdjax.models import config as model_config
 from vdjax.models import hf
 from vdjax.models.functional import make_model, shardings
+from vdjax.models.products import compiler_options
 from vdjax.train import supervised
 from vdjax.train.flops import peak_flops, train_flops
 from vdjax.train.optimizer import make_optimizer
@@ -94,7 +95,8 @@ def main() -> None:
         state = fresh_state(params, optimizer, {})
         first = device_batch(batches[0], mesh)
         start = time.perf_counter()
-        step = jax.jit(make_train_step(spec, optimizer), donate_argnums=0).lower(state, {}, first).compile()
+        lowered = jax.jit(make_train_step(spec, optimizer), donate_argnums=0).lower(state, {}, first)
+        step = lowered.compile(compiler_options())
         compile_seconds = time.perf_counter() - start
         seconds, logs = [], []
         for i in range(len(steps)):

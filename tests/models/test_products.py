@@ -1,9 +1,11 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdjax.models.products import matmul
+from vdjax.models.products import compiler_options, matmul
 
 
 @pytest.mark.parametrize(("batch", "rows", "inner", "outer"), [((), 6, 5, 4), ((2, 3), 4, 7, 2), ((), 1, 3, 2)])
@@ -53,3 +55,13 @@ def test_a_vmapped_product_has_the_gradients_of_each() -> None:
     each = [one(*pair) for pair in zip(a, b, strict=True)]
     for got, want in zip(jax.vmap(one)(a, b), zip(*each, strict=True), strict=True):
         np.testing.assert_allclose(got, jnp.stack(want), rtol=1e-6)
+
+
+def test_bfloat16_stacks_are_written_a_layer_at_a_time() -> None:
+    def stacked(xs: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda _, x: (None, (2 * x).astype(jnp.bfloat16)), None, xs)[1]
+
+    lowered = jax.jit(stacked).lower(jax.ShapeDtypeStruct((30, 64, 64), jnp.float32))
+    written = re.compile(r"= (\w+)\[30,64,64\]\S* dynamic-update-slice")
+    assert set(written.findall(lowered.compile(compiler_options()).as_text())) == {"bf16"}
+    assert set(written.findall(lowered.compile().as_text())) == {"f32"}  # else the option is not needed any more

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vdjax.models import splash
 from vdjax.models.config import ModelConfig
+from vdjax.models.elementwise import softmax
 from vdjax.models.llama3 import scale_frequencies
 from vdjax.models.products import matmul
 from vdjax.sharding import constrain, parts_of
@@ -98,7 +99,7 @@ def attention(
     def block(q: Array, k: Array, v: Array, bias: Array) -> Array:
         rows = q.reshape(batch, kv_heads, -1, dim)
         scores = matmul(rows, k, jnp.float32) * dim**-0.5
-        weights = jax.nn.softmax(scores.reshape(*q.shape[:-1], -1) + bias[:, None, :, None], axis=-1).astype(v.dtype)
+        weights = softmax(scores.reshape(*q.shape[:-1], -1) + bias[:, None, :, None]).astype(v.dtype)
         return matmul(weights.reshape(*rows.shape[:-1], -1), v).reshape(q.shape)
 
     blocks = []

@@ -72,3 +72,12 @@ def transposed_matmul(
     if a.dtype == np.dtype(jnp.float32):
         return direct(a, g)
     return jax.lax.platform_dependent(a, g, cpu=by_a_copy, default=direct)
+
+
+def compiler_options() -> dict[str, str | bool]:
+    """For programs that write bfloat16 arrays in place: layers' results in training, the caches of a sampler.
+
+    On CPU XLA's float normalization makes of each such write a pass over the whole array, to float32 and back, so that
+    a layer's results are converted once for every layer there is. Without the pass they are written as they are.
+    """
+    return {"xla_disable_hlo_passes": "float-normalization-bf16"} if jax.default_backend() == "cpu" else {}

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from vdjax.errors import UserError
 from vdjax.models.attention import apply_rope, attention, rope_tables
 from vdjax.models.config import ModelConfig
+from vdjax.models.elementwise import gated, rms_norm
 from vdjax.models.lora import Lora
 from vdjax.models.products import matmul
 from vdjax.sharding import constrain, parts_of
@@ -24,13 +25,6 @@ Remat = Literal["none", "dots", "full"]
 INIT_STDDEV = 0.02
 LINEAR = "linear"  # name of the results that remat="dots" keeps
 SUM_PARTS = 4  # of the sums over a kernel's inputs when `Transformer.logits` computes in float32: half the rounding
-
-
-def rms_norm(x: Float[Array, "*batch width"], scale: Float[Array, "width"], eps: float) -> Float[Array, "*batch width"]:
-    """x / rms(x) * scale, computed in float32 (Zhang and Sennrich, arXiv 1910.07467, equation 4)."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 def product(
@@ -129,9 +123,9 @@ class Layer(nnx.Module):
         mixed = self.linear(mixed.reshape(*x.shape[:2], -1), "o_proj")
         x = constrain(x + mixed, ("batch", "length", "embed_act"))
         normed = rms_norm(x, self.mlp_norm[...], self.cfg.rms_norm_eps)
-        gated = jax.nn.silu(self.linear(normed, "gate_proj")) * self.linear(normed, "up_proj")
-        gated = constrain(gated, ("batch", "length", "mlp_act"))
-        return constrain(x + self.linear(gated, "down_proj"), ("batch", "length", "embed_act"))
+        inner = gated(self.linear(normed, "gate_proj"), self.linear(normed, "up_proj"))
+        inner = constrain(inner, ("batch", "length", "mlp_act"))
+        return constrain(x + self.linear(inner, "down_proj"), ("batch", "length", "embed_act"))
 
     def __call__(
         self, x: Float[Array, "batch length width"], cos: Array, sin: Array, ids: tuple[Array, Array]
@@ -223,8 +217,12 @@ class Transformer(nnx.Module):
             policy = policies.nothing_saveable if self.remat == "full" else policies.save_only_these_names(LINEAR)
             # Without a loop between the forward and the recomputed layer XLA would merge the two.
             apply_layer = jax.checkpoint(apply_layer, policy=policy, prevent_cse=self.unroll is True)
-        x, _ = jax.lax.scan(apply_layer, x, nnx.to_pure_dict(stacked), unroll=self.unroll)
+        x, _ = jax.lax.scan(apply_layer, x, self.in_compute_dtype(nnx.to_pure_dict(stacked)), unroll=self.unroll)
         return rms_norm(x, self.final_norm[...], self.cfg.rms_norm_eps)
+
+    def in_compute_dtype(self, stacked: Params) -> Params:
+        """The stacked kernels as products take them; converted in the layer loop they would be kept once more."""
+        return {name: p if name.endswith("norm") else p.astype(self.compute_dtype) for name, p in stacked.items()}
 
     def embedded(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length width"]:
         """The embeddings of tokens, in the compute dtype."""

@@ -14,7 +14,8 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from vdjax.models.attention import cached_attention, rope_tables
-from vdjax.models.transformer import Params, Transformer, rms_norm
+from vdjax.models.elementwise import rms_norm
+from vdjax.models.transformer import Params, Transformer
 from vdjax.sampling.choose import choose
 from vdjax.sharding import constrain
 

@@ -1,5 +1,6 @@
 """Sampling behind any number of prompts: batches of few shapes, and results in the order of the prompts."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from vdjax import sharding
 from vdjax.data import packing
 from vdjax.errors import UserError
 from vdjax.models.functional import Model
+from vdjax.models.products import compiler_options
 from vdjax.sampling.decode import Knobs, Prompts, Samples, decode
 
 ROWS = 32  # of a batch, for each of the batch's shards: about where a CPU's decode stops being bound by the weights
@@ -80,13 +82,15 @@ def generate(
 
 def run(model: Model, params: Any, batch: Prompts, sampling: Sampling, stop_ids: Sequence[int]) -> Samples:
     """One batch, compiled once for its shape. Results are global arrays."""
-    return _run(model.graphdef, params, batch, knobs(sampling), **_statics(sampling, stop_ids))
+    return _decode(**compiler_options())(
+        model.graphdef, params, batch, knobs(sampling), **_statics(sampling, stop_ids)
+    )
 
 
 def trace(model: Model, params: Any, batch: Prompts, sampling: Sampling, stop_ids: Sequence[int]) -> jax.stages.Traced:
     """What `run` compiles, of shapes in place of parameters and batch."""
     shapes = jax.eval_shape(lambda: knobs(sampling))
-    return _run.trace(model.graphdef, params, batch, shapes, **_statics(sampling, stop_ids))
+    return _decode().trace(model.graphdef, params, batch, shapes, **_statics(sampling, stop_ids))
 
 
 def _statics(sampling: Sampling, stop_ids: Sequence[int]) -> dict[str, Any]:
@@ -94,7 +98,10 @@ def _statics(sampling: Sampling, stop_ids: Sequence[int]) -> dict[str, Any]:
     return how | {"stop_ids": tuple(stop_ids)}
 
 
-_run = jax.jit(decode, static_argnums=0, static_argnames=("max_new_tokens", "stop_ids", "filtered"))
+@functools.cache
+def _decode(**options: str | bool) -> Any:
+    statics = ("max_new_tokens", "stop_ids", "filtered")
+    return jax.jit(decode, static_argnums=0, static_argnames=statics, compiler_options=options)
 
 
 def knobs(sampling: Sampling) -> Knobs:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from vdjax import sharding
 from vdjax.models.functional import Model
+from vdjax.models.products import compiler_options
 from vdjax.objectives import OBJECTIVES
 from vdjax.progress import say
 from vdjax.train.losses import LossSpec
@@ -146,7 +147,7 @@ def trace_step(stage: Stage, spec: LossSpec, update: Update, state: Any) -> jax.
 def compile_step(stage: Stage, spec: LossSpec, update: Update, state: Any) -> jax.stages.Compiled:
     """The one compilation of a stage's train step (`trace_step`)."""
     start = time.perf_counter()
-    compiled = trace_step(stage, spec, update, state).lower().compile()
+    compiled = trace_step(stage, spec, update, state).lower().compile(compiler_options=compiler_options())
     say(f"{stage.name}: train step compiled in {time.perf_counter() - start:.1f} s")
     return compiled
 
