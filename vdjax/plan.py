@@ -10,6 +10,7 @@ Exit status 0: all fit; 1: one does not.
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -246,13 +247,15 @@ def search(work: Work, flags: argparse.Namespace) -> int:
         mesh = sharding.make_mesh(**sizes, devices=list(work.mesh.devices.flat))
         one = work._replace(config=config, mesh=mesh)
         plan = programs.compiled(programs.train_step(one), work.chip)
-        times = roofline(plan, one)
         found = {"mesh": sizes, "remat": remat, "microbatch_rows": rows, "fits": plan.fits, "hbm_gib": plan.hbm_gib}
-        found |= {"best_s": max(times.values()), "worst_s": sum(times.values()), "compile_s": plan.compile_s}
+        found |= {"compile_s": plan.compile_s, "best_s": None, "worst_s": None}
+        if not plan.message:  # else only its matmuls are known
+            times = roofline(plan, one)
+            found |= {"best_s": max(times.values()), "worst_s": sum(times.values())}
         tried.append(found)
         fitting |= {key} if plan.fits else set()
         say(line_of(found))
-    ranked = sorted((each for each in tried if each["fits"]), key=lambda each: each["worst_s"])
+    ranked = sorted((each for each in tried if each["fits"]), key=lambda each: each["worst_s"] or math.inf)
     if flags.json:
         print(json.dumps({"topology": flags.topology, "ranked": ranked, "tried": tried}, indent=1))
     else:
@@ -265,6 +268,8 @@ def line_of(found: Mapping[str, Any]) -> str:
     start = f"--mesh {mesh} remat {found['remat']}, {found['microbatch_rows']} rows at a time"
     if not found["fits"]:
         return f"{start}: does not fit ({found['hbm_gib']:.1f} GiB)"
+    if found["best_s"] is None:
+        return f"{start}: {found['hbm_gib']:.2f} GiB, no estimate: XLA cannot read back the compiled program"
     return f"{start}: {found['hbm_gib']:.2f} GiB, {found['best_s']:.3g} to {found['worst_s']:.3g} s a step"
 
 

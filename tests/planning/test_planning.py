@@ -1,5 +1,6 @@
 """Plans: what programs are counted to do against closed forms and programs of known sizes."""
 
+import argparse
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 import tiny
 
-from vdjax import chips, plan
+from vdjax import chips, plan, sharding
 from vdjax.config import experiment, stage
 from vdjax.errors import UserError
 from vdjax.models.config import from_hf, num_params, published
-from vdjax.planning import hlo, operations
-from vdjax.planning.programs import PROGRAMS, Work
+from vdjax.planning import hlo, operations, programs
+from vdjax.planning.programs import PROGRAMS, Plan, Work
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +222,27 @@ def test_a_mesh_is_read_from_a_flag() -> None:
             plan.mesh_of(text, default)
 
 
+
+
+def test_a_search_ranks_what_has_no_estimate_last(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Of a program that XLA cannot read back the matmuls alone are known, which would make it the fastest."""
+    c = experiment()
+    c.dpo = stage("dpo", batch_size=8, max_length=96)
+    mesh: Any = SimpleNamespace(devices=np.empty(0, object))
+    work = Work(c, "dpo", from_hf(tiny.SHAPES["llama"], where="tiny"), mesh, chips.CHIPS["v5e"], 96, 64, 8)
+    known = Plan(True, 1.0, {}, {}, [], [], 1.0, 1.0, 1e12, 8, 1.0, "")
+    plans = [known, known._replace(message="cannot be read back")]
+    tried = [({"data": 1}, "full", 8), ({"data": 1}, "none", 8)]
+    monkeypatch.setattr(plan, "candidates", lambda work: tried)
+    monkeypatch.setattr(programs, "train_step", lambda work: None)
+    monkeypatch.setattr(programs, "compiled", lambda lowered, chip: plans.pop())
+    monkeypatch.setattr(sharding, "make_mesh", lambda **how: mesh)
+    assert plan.search(work, argparse.Namespace(json=False)) == 0
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert "remat none" in first and "s a step" in first
+    assert "remat full" in second and "no estimate" in second
 
 
 def test_a_search_tries_layouts_that_share_the_rows_out() -> None:

@@ -104,14 +104,7 @@ def open_reader(directory: Path, cfg: ModelConfig, head: Literal["vocab", "score
         index or file is broken; a tied model holds an lm_head that differs from its embedding.
     """
     files = _tensor_files(directory)
-    _, params = abstract(cfg, head=head)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path, leaf in _leaves(params):
-        if path[0] == "layers":
-            shapes |= {TENSORS[path].format(i): leaf.shape[:0:-1] for i in range(cfg.num_layers)}
-        else:
-            shapes[TENSORS[path]] = (1, *leaf.shape) if path == ("score",) else leaf.shape
-    _check_tensors(directory, files, shapes, cfg.tie_embeddings and head == "vocab")
+    _check_tensors(directory, files, tensor_shapes(cfg, head), cfg.tie_embeddings and head == "vocab")
 
     def read_tensor(name: str, index: Index) -> np.ndarray:
         # Opened anew for each slice: a kept mapping would count all that was ever read as this process's memory.
@@ -128,6 +121,17 @@ def open_reader(directory: Path, cfg: ModelConfig, head: Literal["vocab", "score
         return parts[0][None] if len(parts) == 1 else np.stack(parts)
 
     return read
+
+
+def tensor_shapes(cfg: ModelConfig, head: Literal["vocab", "score"] = "vocab") -> dict[str, tuple[int, ...]]:
+    """The tensors of a checkpoint by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, leaf in _leaves(abstract(cfg, head=head)[1]):
+        if path[0] == "layers":
+            shapes |= {TENSORS[path].format(i): leaf.shape[:0:-1] for i in range(cfg.num_layers)}
+        else:
+            shapes[TENSORS[path]] = (1, *leaf.shape) if path == ("score",) else leaf.shape
+    return shapes
 
 
 def place(reader: Reader, abstract_params: Params, shardings: Params) -> Params:
