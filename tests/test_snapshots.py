@@ -1,6 +1,8 @@
 import itertools
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +260,22 @@ def test_a_resume_point_without_its_files_is_left_for_the_one_before(tmp_path: P
         taken.add(position["next_index"])
         jax.tree.map(np.testing.assert_array_equal, state, tree)
     assert taken == {2, 4}  # some files are not needed
+
+
+def test_the_newest_resume_point_is_that_of_the_last_step_whatever_the_clock_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = params(0)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+    manager = snapshots.resume_manager(tmp_path)
+    for step, year in ((2, 2100), (4, 1980)):  # the clock was put back by more than a century in between
+        seconds = (year - 1970) * 365.25 * 24 * 3600
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda seconds=seconds: seconds)
+            patch.setattr(time, "time_ns", lambda seconds=seconds: int(seconds * 1e9))
+            snapshots.save_resume(manager, step, tree, {"next_index": step})
+            manager.wait_until_finished()
+        for file in (tmp_path / str(step)).rglob("*"):
+            os.utime(file, (seconds, seconds))
+    manager.close()
+    assert (snapshots.restore_resume(snapshots.resume_manager(tmp_path), abstract) or (0, {}))[1] == {"next_index": 4}
