@@ -62,6 +62,7 @@ RUNS: dict[str, tuple[str, str]] = {
         "{here}/open_ended.py --model {model} --snapshots 8 --probes 8 --samples 5 --new_tokens 64 --repeats 1",
     ),
 }
+TRAINS = [name for name in RUNS if "vdjax" in name and name[:4] in ("dpo-", "sft-")]
 
 
 class Line(NamedTuple):
@@ -237,7 +238,9 @@ def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], 
         if not ours or not theirs:
             continue
         better = [a / b if line.figure[0] != "-" else b / a for a, b in zip(ours, theirs, strict=False)]
-        middle = statistics.median(better)
+        middle, uses = statistics.median(better), 0.0
+        if line.ours in TRAINS and line.figure[0] != "-":
+            uses = statistics.median(figures(work, line.ours, "utilisation")) * line.goal / middle
         lines.append(
             {
                 "work": line.work,
@@ -247,6 +250,7 @@ def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], 
                 "peer's": shown(theirs),
                 "ratio": f"{middle:.2f} [{min(better):.2f}, {max(better):.2f}]",
                 "goal": f"{line.goal:g}" + ("" if middle >= line.goal else " (missed)"),
+                "goal needs": f"{uses:.0%}" if uses else "",
             }
         )
         ratios.append((f"{line.work}: {line.peer}", better, line.goal))
@@ -256,7 +260,7 @@ def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], 
 def profiles(work: Path) -> pd.DataFrame:
     """Where the time of a train step goes: what is needed, what a matmul's rate allows, what was measured."""
     lines = []
-    for label in (name for name in RUNS if "vdjax" in name and name[:4] in ("dpo-", "sft-")):
+    for label in TRAINS:
         if not (work / f"{label}.jsonl").exists():
             continue
         parts = {
