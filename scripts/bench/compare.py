@@ -227,7 +227,8 @@ def shown(values: list[float]) -> str:
     def one(value: float) -> str:
         return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
-    return f"{one(statistics.median(values))} [{one(min(values))}, {one(max(values))}]"
+    middle = one(statistics.median(values))
+    return f"{middle} [{one(min(values))}, {one(max(values))}]" if len(values) > 1 else middle
 
 
 def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], float]]]:
@@ -248,7 +249,7 @@ def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], 
                 "unit": line.unit,
                 "vdjax": shown(ours),
                 "peer's": shown(theirs),
-                "ratio": f"{middle:.2f} [{min(better):.2f}, {max(better):.2f}]",
+                "ratio": f"{middle:.2f}" + (f" [{min(better):.2f}, {max(better):.2f}]" if len(better) > 1 else ""),
                 "goal": f"{line.goal:g}" + ("" if middle >= line.goal else " (missed)"),
                 "goal needs": f"{uses:.0%}" if uses else "",
             }
@@ -280,7 +281,7 @@ def draw(ratios: list[tuple[str, list[float], float]], file: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(ratios)), [name for name, _, _ in ratios])
     axes.invert_yaxis()
-    axes.set_xlabel("how many times better vdjax is: median (bar), each round (points), goal (dotted)")
+    axes.set_xlabel("times better than the peer: median (bar), rounds (points), goal (dotted)")
     drawn.savefig(file, dpi=150)
 
 
