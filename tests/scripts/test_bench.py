@@ -13,7 +13,7 @@ def write(folder: Path, label: str, *lines: dict) -> None:
 
 
 def test_a_ratio_is_above_1_where_vdjax_is_better_and_taken_round_by_round(tmp_path: Path) -> None:
-    name, others = "examples_per_s_with_reference", {"examples_per_s": 9.0, "real_tokens_per_s": 9.0}
+    name, others = "examples_per_s_with_reference", {"examples_per_s": 9.0, "real_tokens_per_s": 9.0, "utilisation": 0.35}
     ours = [{name: 6.0, "peak_rss_mb": 1000, **others}, {name: 4.0, "peak_rss_mb": 2000, **others}]
     theirs = [{"pairs_per_s": 2.0, "peak_rss_train_mb": 4000}, {"pairs_per_s": 1.0, "peak_rss_train_mb": 4000}]
     write(tmp_path, "dpo-vdjax", *ours)
@@ -23,6 +23,7 @@ def test_a_ratio_is_above_1_where_vdjax_is_better_and_taken_round_by_round(tmp_p
     assert found == {"DPO, reference included: dpo-trl": [3.0, 4.0], "DPO, peak memory: dpo-trl": [4.0, 2.0]}
     assert list(table["vdjax"]) == ["5 [4, 6]", "1500 [1000, 2000]"]
     assert list(table["ratio"]) == ["3.50 [3.00, 4.00]", "3.00 [2.00, 4.00]"]
+    assert list(table["goal needs"]) == ["30%", ""]  # 0.35 gives a ratio of 3.5, the goal is 3
 
 
 def test_every_comparison_is_of_programs_that_are_run() -> None:
