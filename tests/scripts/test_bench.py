@@ -13,7 +13,8 @@ def write(folder: Path, label: str, *lines: dict) -> None:
 
 
 def test_a_ratio_is_above_1_where_vdjax_is_better_and_taken_round_by_round(tmp_path: Path) -> None:
-    name, others = "examples_per_s_with_reference", {"examples_per_s": 9.0, "real_tokens_per_s": 9.0, "utilisation": 0.35}
+    name = "examples_per_s_with_reference"
+    others = {"examples_per_s": 9.0, "real_tokens_per_s": 9.0, "utilisation": 0.35}
     ours = [{name: 6.0, "peak_rss_mb": 1000, **others}, {name: 4.0, "peak_rss_mb": 2000, **others}]
     theirs = [{"pairs_per_s": 2.0, "peak_rss_train_mb": 4000}, {"pairs_per_s": 1.0, "peak_rss_train_mb": 4000}]
     write(tmp_path, "dpo-vdjax", *ours)
