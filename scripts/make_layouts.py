@@ -101,11 +101,11 @@ def main() -> None:
     cfg = model_config.from_hf(fields, where="the smoke config")
     model, data = make_model(cfg, smoke.model), pairs(STEPS * 16, cfg.vocab_size)
     start = jax.device_get(transformer.init_params(cfg, seed=0))
-    one = sharding.make_mesh(data=1, devices=jax.devices()[:1])
+    one = sharding.make_mesh(devices=jax.devices()[:1])
     expected, _ = train(model, start, data, one)
     lines = []
     for sizes in LAYOUTS:
-        mesh = sharding.make_mesh(**({"fsdp": 1} | sizes))
+        mesh = sharding.make_mesh(**sizes)
         losses, text = train(model, start, data, mesh)
         name = ", ".join(f"{axis}={n}" for axis, n in sizes.items())
         difference = max(abs(a - b) for a, b in zip(losses, expected, strict=True))

@@ -171,13 +171,12 @@ def of_program(name: str, plan: Plan, work: Work) -> Iterator[str]:
     for each in plan.collectives:
         where = " and ".join(each.over) or "no axis"
         yield f"  {each.kind} over {where}: {each.times:,.0f} times, {each.sent / 1e9:.3g} GB sent"
+    yield f"  matmuls: {plan.tflops:.3g} TFLOP a chip, of which {plan.needed_tflops:.3g} are needed"
     if plan.message:
         yield f"  {plan.message}"
-        yield f"  matmuls: {plan.tflops:.3g} TFLOP a chip, of which {plan.needed_tflops:.3g} are needed"
         return
     times = roofline(plan, work)
     best, worst = max(times.values()), sum(times.values())
-    yield f"  matmuls: {plan.tflops:.3g} TFLOP a chip, of which {plan.needed_tflops:.3g} are needed"
     yield "  seconds at peak: " + ", ".join(f"{kind} {seconds:.3g}" for kind, seconds in times.items())
     rate, use = plan.tokens / best, plan.needed_tflops * 1e12 / work.chip.flops / best
     yield f"  a run takes {best:.3g} to {worst:.3g} s; at best {rate:,.0f} tokens/s, {use:.0%} of the peak"

@@ -33,7 +33,8 @@ FILE_BYTES = 5e9  # as hub checkpoints are sharded
 def make(directory: Path, name: str) -> None:
     """A checkpoint in the hub's layout, bfloat16, made one layer at a time."""
     cfg = model_config.published(name)
-    assert cfg, f"{name} is no published model that vdjax knows"
+    if not cfg:
+        raise SystemExit(f"--model {name}: is no published model that vdjax knows")
     directory.mkdir(parents=True, exist_ok=True)
     rng, index, part, size, number = np.random.default_rng(0), {}, {}, 0, 1
 

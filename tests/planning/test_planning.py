@@ -222,8 +222,6 @@ def test_a_mesh_is_read_from_a_flag() -> None:
             plan.mesh_of(text, default)
 
 
-
-
 def test_a_search_ranks_what_has_no_estimate_last(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

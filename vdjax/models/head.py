@@ -107,26 +107,23 @@ def _of_whole_rows(layout: Layout, x: Array) -> Array:
 
 def _chunks(
     head: Head, layout: Layout, length: int, source: Array, target: Array, scored: Array
-) -> tuple[Tokens, Int[Array, " tokens"], Int[Array, " tokens"], int]:
+) -> tuple[Tokens, Int[Array, " tokens"], int]:
     """The scored tokens of the device's rows that are predicted by its part of them, `length` places each; the order
-    that brought them to the front, where each has gone, and how many of them make a chunk."""
+    that brought them to the front, and how many of them make a chunk."""
     source, target, scored = (_of_whole_rows(layout, x) for x in (source, target, scored))
     if layout.places:
         source -= jax.lax.axis_index(layout.places) * length
         scored &= (source >= 0) & (source < length)
         source = jnp.where(scored, source, 0)
     rows = len(scored)
-    flat, index = scored.ravel(), jnp.arange(scored.size)
-    before = jnp.cumsum(flat)  # a sort of as many numbers takes XLA on CPU a hundred times as long
-    places = jnp.where(flat, before - 1, before[-1] + index - before)
-    order = jnp.zeros_like(index).at[places].set(index, unique_indices=True)
+    order = jnp.argsort(~scored.ravel(), stable=True)
     chunk = min(head.chunk, order.size)
 
     def chunked(x: Array) -> Array:
         return jnp.pad(x.ravel()[order], (0, -order.size % chunk)).reshape(-1, chunk)
 
     source = source + jnp.arange(rows)[:, None] * length
-    return Tokens(*map(chunked, (source, target, scored))), order, places, chunk
+    return Tokens(*map(chunked, (source, target, scored))), order, chunk
 
 
 def _tiles(layout: Layout, table: Array) -> tuple[Float[Array, "tiles tile width"], Int[Array, " tiles"]]:
@@ -158,7 +155,7 @@ def _score(
 ) -> tuple[Float[Array, "rows length"], Float[Array, "rows length"]]:
     """Log-probs of scored tokens and the log-sum-exp of their logits."""
     states = hidden.reshape(-1, hidden.shape[-1])
-    tokens, _, places, _ = _chunks(head, layout, hidden.shape[1], source, target, scored)
+    tokens, order, _ = _chunks(head, layout, hidden.shape[1], source, target, scored)
 
     def of_tile(found: Found, xs: tuple[Array, Array]) -> tuple[Found, None]:
         tile, first = _whole(layout, xs[0], hidden.dtype), xs[1]
@@ -185,6 +182,7 @@ def _score(
         total, hit = jax.lax.psum((total * jnp.exp(top - highest), hit), layout.vocab)
         top = highest
     lse = jnp.where(tokens.scored, jnp.log(total) + top, 0)
+    places = jnp.argsort(order)
 
     def in_place(x: Array) -> Array:
         whole = x.ravel()[places].reshape(len(scored), -1)
@@ -208,7 +206,7 @@ def _pull_back(
 ) -> tuple[Float[Array, "rows length width"], Float[Array, "vocab width"]]:
     """Gradients of this device's hidden states and of its part of the table."""
     states, width = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[-1]
-    tokens, order, _, chunk = _chunks(head, layout, hidden.shape[1], source, target, scored)
+    tokens, order, chunk = _chunks(head, layout, hidden.shape[1], source, target, scored)
     alike = tuple(axis for axis in layout.width if axis not in layout.rows)  # devices that have the same tokens
     repeats = jax.lax.axis_size(alike) if alike else 1
     lse, slopes = (
