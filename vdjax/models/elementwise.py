@@ -1,7 +1,7 @@
 """Norms, softmax and the MLP's gate, in float32, with backward passes of their own.
 
-They keep one or two arrays where JAX by itself keeps several, and sum products of rows by dots, which takes XLA on CPU a
-tenth of the time: JAX's own backward pass of a softmax took nine times as long as the softmax.
+They keep one or two arrays where JAX by itself keeps several, and sum products of rows by dots, which takes XLA on CPU
+a tenth of the time: JAX's own backward pass of a softmax took nine times as long as the softmax.
 """
 
 import functools

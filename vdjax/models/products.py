@@ -1,7 +1,8 @@
 """Matrix products in the compute dtype, with sums in float32, forward and backward."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,17 @@ def transposed_matmul(
     if a.dtype == np.dtype(jnp.float32):
         return direct(a, g)
     return jax.lax.platform_dependent(a, g, cpu=by_a_copy, default=direct)
+
+
+def jit(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    """`jax.jit` with `compiler_options` for the backend, which is asked for at the first call."""
+    compiled = functools.cache(lambda: jax.jit(function, compiler_options=compiler_options(), **how))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled()(*args, **kwargs)
+
+    return call
 
 
 def compiler_options() -> dict[str, str | bool]:

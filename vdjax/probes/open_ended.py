@@ -4,7 +4,6 @@ The draws of a response depend on (config.seed, replicate, probe, variant, sampl
 random numbers), so that snapshots that say different things differ in their parameters and not in their luck.
 """
 
-import functools
 import hashlib
 import re
 import unicodedata
@@ -24,12 +23,13 @@ from vdjax.data.examples import Dropped
 from vdjax.errors import UserError
 from vdjax.models import hf, lora
 from vdjax.models.functional import Model
+from vdjax.models.products import jit
 from vdjax.probes import evaluator, readouts
 from vdjax.probes.readouts import Variant
 from vdjax.probes.sets import Probe
 from vdjax.sampling import Samples, Sampling
 from vdjax.sampling.decode import Knobs, Prompts, decode
-from vdjax.sampling.generate import ROWS, batches_of, bucket, check, check_rows, filtered, knobs, layout, put
+from vdjax.sampling.generate import ROWS, STATIC, batches_of, bucket, check, check_rows, filtered, knobs, layout, put
 from vdjax.sampling.text import response_text
 
 SHORTEST_REPETITION = 60  # characters; "No, no, no!" is an answer
@@ -216,14 +216,16 @@ def generate(
     return out
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "stop_ids", "filtered"))
-def run(graphdef: Any, stacked: Any, base: Any, batch: Prompts, knobs: Knobs, **how: Any) -> Samples:
+def _run(graphdef: Any, stacked: Any, base: Any, batch: Prompts, knobs: Knobs, **how: Any) -> Samples:
     """`decode` under every snapshot of `stacked` over one base: each array with a snapshot axis in front."""
 
     def one(params: Any) -> Samples:
         return decode(graphdef, lora.join(base, params), batch, knobs, **how)
 
     return jax.vmap(one, in_axes=(hf.snapshot_axes(stacked),), spmd_axis_name="snapshot")(stacked)
+
+
+run = jit(_run, **STATIC)
 
 
 def cache_bytes(model: Model, slots: int) -> int:

@@ -1,6 +1,5 @@
 """Sampling behind any number of prompts: batches of few shapes, and results in the order of the prompts."""
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,10 +12,11 @@ from vdjax import sharding
 from vdjax.data import packing
 from vdjax.errors import UserError
 from vdjax.models.functional import Model
-from vdjax.models.products import compiler_options
+from vdjax.models.products import jit
 from vdjax.sampling.decode import Knobs, Prompts, Samples, decode
 
 ROWS = 32  # of a batch, for each of the batch's shards: about where a CPU's decode stops being bound by the weights
+STATIC: dict[str, Any] = {"static_argnums": 0, "static_argnames": ("max_new_tokens", "stop_ids", "filtered")}
 
 
 class Sampling(NamedTuple):
@@ -82,15 +82,13 @@ def generate(
 
 def run(model: Model, params: Any, batch: Prompts, sampling: Sampling, stop_ids: Sequence[int]) -> Samples:
     """One batch, compiled once for its shape. Results are global arrays."""
-    return _decode(**compiler_options())(
-        model.graphdef, params, batch, knobs(sampling), **_statics(sampling, stop_ids)
-    )
+    return _run(model.graphdef, params, batch, knobs(sampling), **_statics(sampling, stop_ids))
 
 
 def trace(model: Model, params: Any, batch: Prompts, sampling: Sampling, stop_ids: Sequence[int]) -> jax.stages.Traced:
     """What `run` compiles, of shapes in place of parameters and batch."""
     shapes = jax.eval_shape(lambda: knobs(sampling))
-    return _decode().trace(model.graphdef, params, batch, shapes, **_statics(sampling, stop_ids))
+    return jax.jit(decode, **STATIC).trace(model.graphdef, params, batch, shapes, **_statics(sampling, stop_ids))
 
 
 def _statics(sampling: Sampling, stop_ids: Sequence[int]) -> dict[str, Any]:
@@ -98,10 +96,7 @@ def _statics(sampling: Sampling, stop_ids: Sequence[int]) -> dict[str, Any]:
     return how | {"stop_ids": tuple(stop_ids)}
 
 
-@functools.cache
-def _decode(**options: str | bool) -> Any:
-    statics = ("max_new_tokens", "stop_ids", "filtered")
-    return jax.jit(decode, static_argnums=0, static_argnames=statics, compiler_options=options)
+_run = jit(decode, **STATIC)
 
 
 def knobs(sampling: Sampling) -> Knobs:
