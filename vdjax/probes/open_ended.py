@@ -4,6 +4,7 @@ The draws of a response depend on (config.seed, replicate, probe, variant, sampl
 random numbers), so that snapshots that say different things differ in their parameters and not in their luck.
 """
 
+import functools
 import hashlib
 import re
 import unicodedata
@@ -216,16 +217,14 @@ def generate(
     return out
 
 
-def _run(graphdef: Any, stacked: Any, base: Any, batch: Prompts, knobs: Knobs, **how: Any) -> Samples:
+@functools.partial(jit, static_argnums=0, static_argnames=STATIC)
+def run(graphdef: Any, stacked: Any, base: Any, batch: Prompts, knobs: Knobs, **how: Any) -> Samples:
     """`decode` under every snapshot of `stacked` over one base: each array with a snapshot axis in front."""
 
     def one(params: Any) -> Samples:
         return decode(graphdef, lora.join(base, params), batch, knobs, **how)
 
     return jax.vmap(one, in_axes=(hf.snapshot_axes(stacked),), spmd_axis_name="snapshot")(stacked)
-
-
-run = jit(_run, **STATIC)
 
 
 def cache_bytes(model: Model, slots: int) -> int:

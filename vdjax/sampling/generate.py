@@ -16,7 +16,7 @@ from vdjax.models.products import jit
 from vdjax.sampling.decode import Knobs, Prompts, Samples, decode
 
 ROWS = 32  # of a batch, for each of the batch's shards: about where a CPU's decode stops being bound by the weights
-STATIC: dict[str, Any] = {"static_argnums": 0, "static_argnames": ("max_new_tokens", "stop_ids", "filtered")}
+STATIC = ("max_new_tokens", "stop_ids", "filtered")  # arguments of `decode` that a program is compiled for
 
 
 class Sampling(NamedTuple):
@@ -88,7 +88,7 @@ def run(model: Model, params: Any, batch: Prompts, sampling: Sampling, stop_ids:
 def trace(model: Model, params: Any, batch: Prompts, sampling: Sampling, stop_ids: Sequence[int]) -> jax.stages.Traced:
     """What `run` compiles, of shapes in place of parameters and batch."""
     shapes = jax.eval_shape(lambda: knobs(sampling))
-    return jax.jit(decode, **STATIC).trace(model.graphdef, params, batch, shapes, **_statics(sampling, stop_ids))
+    return _traced.trace(model.graphdef, params, batch, shapes, **_statics(sampling, stop_ids))
 
 
 def _statics(sampling: Sampling, stop_ids: Sequence[int]) -> dict[str, Any]:
@@ -96,7 +96,8 @@ def _statics(sampling: Sampling, stop_ids: Sequence[int]) -> dict[str, Any]:
     return how | {"stop_ids": tuple(stop_ids)}
 
 
-_run = jit(decode, **STATIC)
+_run = jit(decode, static_argnums=0, static_argnames=STATIC)
+_traced = jax.jit(decode, static_argnums=0, static_argnames=STATIC)  # for any platform
 
 
 def knobs(sampling: Sampling) -> Knobs:
