@@ -11,7 +11,7 @@ Exit status 0: all fit; 1: one does not.
 import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=0, help="tokens of a prompt with one response; 0: max_length")
     parser.add_argument("--prompt", type=int, default=0, help="tokens of the prompt; 0: half of them")
     parser.add_argument("--snapshots", type=int, default=0, help="that are evaluated; 0: those of the stage")
-    parser.add_argument("--search", action="store_true", help="try meshes, microbatches and remat policies")
+    parser.add_argument("--search", action="store_true", help="try meshes (or --mesh), microbatches and remat")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags, overrides = parser.parse_known_args()
     config = configs.load(flags.config, overrides)
@@ -216,28 +216,34 @@ def as_json(flags: argparse.Namespace, work: Work, plans: Mapping[str, Plan]) ->
 # Searching
 
 
-def candidates(work: Work) -> Iterator[tuple[dict[str, int], str, int]]:
-    """Meshes, remat policies and microbatches worth a try."""
-    rows, size = programs.shape_of(work).rows, work.mesh.size
+def meshes(work: Work) -> Iterator[dict[str, int]]:
+    """Meshes worth a try."""
+    size = work.mesh.size
     for tensor in (1, 2, 4, 8):
         if size % tensor or work.cfg.num_kv_heads % tensor or work.cfg.intermediate_size % tensor:
             continue
         for data in (1, 2, 4):
-            if size // tensor % data:
-                continue
-            sizes = {"data": data, "fsdp": size // tensor // data, "tensor": tensor}
-            shards = size // tensor
-            for remat in CHOICES["remat"]:
-                for parts in (1, 2, 4, 8):
-                    if rows % (shards * parts) == 0:
-                        yield sizes, remat, rows // parts
+            if size // tensor % data == 0:
+                yield {"data": data, "fsdp": size // tensor // data, "tensor": tensor}
+
+
+def candidates(work: Work, meshes: Iterable[Mapping[str, int]]) -> Iterator[tuple[dict[str, int], str, int]]:
+    """Of each mesh, the remat policies and microbatches worth a try."""
+    rows = programs.shape_of(work).rows
+    for sizes in meshes:
+        shards = sizes["data"] * sizes["fsdp"]
+        for remat in CHOICES["remat"]:
+            for parts in (1, 2, 4, 8):
+                if rows % (shards * parts) == 0:
+                    yield dict(sizes), remat, rows // parts
 
 
 def search(work: Work, flags: argparse.Namespace) -> int:
     """Tries candidates for the train step and ranks those that fit by their roofline."""
     tried: list[dict[str, Any]] = []
     fitting: set[tuple[str, str]] = set()
-    for sizes, remat, rows in candidates(work):
+    wanted = [dict(work.mesh.shape)] if flags.mesh else meshes(work)
+    for sizes, remat, rows in candidates(work, wanted):
         key = (str(sizes), remat)
         if key in fitting:
             continue  # smaller microbatches only do the same in more steps

@@ -228,16 +228,16 @@ def test_a_search_ranks_what_has_no_estimate_last(
     """Of a program that XLA cannot read back the matmuls alone are known, which would make it the fastest."""
     c = experiment()
     c.dpo = stage("dpo", batch_size=8, max_length=96)
-    mesh: Any = SimpleNamespace(devices=np.empty(0, object))
+    mesh: Any = SimpleNamespace(size=1, devices=np.empty(0, object))
     work = Work(c, "dpo", from_hf(tiny.SHAPES["llama"], where="tiny"), mesh, chips.CHIPS["v5e"], 96, 64, 8)
     known = Plan(True, 1.0, {}, {}, [], [], 1.0, 1.0, 1e12, 8, 1.0, "")
     plans = [known, known._replace(message="cannot be read back")]
     tried = [({"data": 1}, "full", 8), ({"data": 1}, "none", 8)]
-    monkeypatch.setattr(plan, "candidates", lambda work: tried)
+    monkeypatch.setattr(plan, "candidates", lambda work, meshes: tried)
     monkeypatch.setattr(programs, "train_step", lambda work: None)
     monkeypatch.setattr(programs, "compiled", lambda lowered, chip: plans.pop())
     monkeypatch.setattr(sharding, "make_mesh", lambda **how: mesh)
-    assert plan.search(work, argparse.Namespace(json=False)) == 0
+    assert plan.search(work, argparse.Namespace(json=False, mesh="")) == 0
     first, second = capsys.readouterr().out.splitlines()[1:]
     assert "remat none" in first and "s a step" in first
     assert "remat full" in second and "no estimate" in second
@@ -248,7 +248,7 @@ def test_a_search_tries_layouts_that_share_the_rows_out() -> None:
     c.dpo = stage("dpo", batch_size=64, max_length=96)
     mesh: Any = SimpleNamespace(size=16, shape={"data": 1, "fsdp": 16})
     work = Work(c, "dpo", from_hf(tiny.SHAPES["llama"], where="tiny"), mesh, chips.CHIPS["v5e"], 96, 64, 8)
-    tried = list(plan.candidates(work))
+    tried = list(plan.candidates(work, plan.meshes(work)))
     assert len(tried) == len({str(each) for each in tried}) > 20
     for sizes, remat, rows in tried:
         assert np.prod(list(sizes.values())) == 16 and 2 % sizes["tensor"] == 0  # two key/value heads
@@ -256,3 +256,5 @@ def test_a_search_tries_layouts_that_share_the_rows_out() -> None:
     # Of each layout the largest microbatch comes first: where it fits, no smaller one is tried.
     firsts = {(str(sizes), remat): rows for sizes, remat, rows in reversed(tried)}
     assert set(firsts.values()) == {64}
+    pinned = {"data": 2, "fsdp": 4, "context": 2, "tensor": 1}
+    assert {str(sizes) for sizes, *_ in plan.candidates(work, [pinned])} == {str(pinned)}
