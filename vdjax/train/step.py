@@ -82,16 +82,15 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
-        def update(state: TrainState) -> TrainState:
+        def update(_: Array, state: TrainState) -> TrainState:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, carry)
+            return TrainState(state.step, optax.apply_updates(state.params, updates), opt_state, carry)
 
-        def skip(state: TrainState) -> TrainState:
-            return state._replace(step=state.step + 1)
-
-        # Without a token there is nothing to learn, and the moments of earlier steps must not move anything.
-        case = jnp.where(finite, jnp.where(counts["tokens"] > 0, 0, 1), 2)
-        state = jax.lax.switch(case, (update, skip, lambda state: state), state)
+        # Without a token there is nothing to learn, and the moments of earlier steps must not move anything. A loop of
+        # one turn or none, since XLA changes a loop's state in place, and would copy that of a conditional.
+        turns = (finite & (counts["tokens"] > 0)).astype(jnp.int32)
+        state = jax.lax.fori_loop(0, turns, update, state)
+        state = state._replace(step=state.step + finite)
         return state, metrics | counts | {"grad_norm": grad_norm, "finite": finite}
 
     return train_step
