@@ -169,9 +169,10 @@ def _generation_stops(tokenizer: Tokenizer) -> list[int]:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"tokenizer: {file} is no JSON object: {error}") from error
     stops = [] if value is None else value if isinstance(value, list) else [value]
+    known = set(tokenizer.get_vocab().values())
     for stop in stops:
-        if not isinstance(stop, int) or isinstance(stop, bool) or tokenizer.convert_ids_to_tokens(stop) is None:
-            raise UserError(f"tokenizer: {file}: eos_token_id {stop!r} is the id of no token of the tokenizer")
+        if type(stop) is not int or stop not in known:
+            raise UserError(f"tokenizer: {file}: eos_token_id {stop!r:.60} is the id of no token of the tokenizer")
     return stops
 
 
