@@ -1,11 +1,8 @@
 """Memory over 2,000 steps with snapshots, held-out evaluation, and the probing of every snapshot."""
 
-import os
 import re
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -22,19 +19,14 @@ def resident(pid: int) -> int:
 
 @tiny.SLOW
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_does_not_grow(tmp_path: Path) -> None:
+def test_memory_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.write_data(tmp_path)
     sizes = {"stages": '("dpo",)', "log_every": 20, "resume_every": 100, "dpo.epochs": 10**4, "dpo.max_steps": STEPS}
     sizes |= {"dpo.eval_every": 100, "dpo.snapshots.every": 50, "probes.memory_gb": 1e-3}
     flags = [f"--config.{name}={value}" for name, value in sizes.items()]
     config = f"{Path(__file__).parent}/tiny_config.py:{tmp_path}"
-    command = [sys.executable, "-m", "vdjax.main", "--config", config, "--workdir", str(tmp_path / "run"), *flags]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)
-    assert process.stderr
-    said: list[str] = []
-    lines = process.stderr
-    threading.Thread(target=lambda: said.extend(iter(lines.readline, "")), daemon=True).start()
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    process, said = tiny.load_script("torture.py").launch(["--config", config, *flags], tmp_path / "run")
     at_step: dict[int, int] = {}
     while process.poll() is None:
         steps = [re.match(rf"dpo (\d+)/{STEPS}  loss", line) for line in said[-3:]]

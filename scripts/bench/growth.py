@@ -2,7 +2,7 @@
 
     JAX_PLATFORMS=cpu python scripts/bench/growth.py --figure docs/figures/growth.png
 
-A random Llama of 12 million parameters, float32. Of a train step (DPO) the time and the memory of its temporaries; of
+A random Llama of 11 million parameters, float32. Of a train step (DPO) the time and the memory of its temporaries; of
 the evaluator the time of reading and scoring, and the parameters it holds. Each time is the least of three. *growth* is
 the exponent from one size to the next: 1 is a straight line, 2 a square.
 """

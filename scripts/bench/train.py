@@ -24,7 +24,7 @@ from vdjax.data.chat import Rendered
 from vdjax.models import config as model_config
 from vdjax.models import hf
 from vdjax.models.functional import make_model, shardings
-from vdjax.models.products import compiler_options
+from vdjax.models.products import compiler_options, jit
 from vdjax.train import supervised
 from vdjax.train.flops import peak_flops, train_flops
 from vdjax.train.optimizer import make_optimizer
@@ -146,7 +146,7 @@ def reference_pass(model, params, stage, data, mesh):
     """Reference log-probs of all rows, and the seconds they took without compilation."""
     steps = pipeline.in_order(len(data), stage.batch_size)
     shape = pipeline.plan(data, steps, row_length=0, row_multiple=1)
-    step = jax.jit(make_score_step(supervised.loss_spec(model, stage, shape)))
+    step = jit(make_score_step(supervised.loss_spec(model, stage, shape)))
     batches = pipeline.batches(data, steps, shape, 1)
 
     def run(batch):

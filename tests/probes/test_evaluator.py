@@ -1,5 +1,6 @@
 """The evaluator against scoring one snapshot at a time, and against plain logits."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -170,9 +171,9 @@ def test_the_base_is_held_once(llama: tuple[Model, Any], adapted: tuple[Model, l
             hf.snapshot_axes(adapters[0]),
         )
         with jax.set_mesh(mesh):
-            score = evaluator.make_scorer(made, plan.shape.sequences, mesh)
-            lowered = score.func.lower(*score.args, stacked, llama[1], plan.batches[0], **score.keywords)
-            return lowered.compile().memory_analysis()
+            how = {"sequences": plan.shape.sequences, "chunk": made.head_chunk}
+            score = jax.jit(functools.partial(evaluator.score, made.graphdef, **how))
+            return score.lower(stacked, llama[1], plan.batches[0]).compile().memory_analysis()
 
     one = evaluator.size_in_bytes(adapters[0])
     held = [memory(n).argument_size_in_bytes for n in (1, 5)]

@@ -30,6 +30,7 @@ from vdjax.language_model import identity, open_model
 from vdjax.models import hf
 from vdjax.models.functional import Model
 from vdjax.models.log_probs import sequence_sums, token_log_probs
+from vdjax.models.products import jit
 from vdjax.progress import progress_over, say
 
 CUT = " [...] "  # stands where the middle of a long response was
@@ -208,7 +209,7 @@ def scorer(model: Model, mesh: jax.sharding.Mesh) -> Callable[[Any, dict[str, Ar
         log_probs = token_log_probs(module, batch, chunk=model.head_chunk)
         return sequence_sums(log_probs, batch["sequence_ids"], sequences)
 
-    return jax.jit(score, static_argnums=2)
+    return jit(score, static_argnums=2)
 
 
 def label_log_probs(

@@ -1,5 +1,6 @@
 """An experiment's programs, compiled for devices that are not there, and what they need on each."""
 
+import functools
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -204,8 +205,9 @@ def snapshot_evaluator(work: Work) -> Lowered:
     }
     batch = loop.placed(batch, dict.fromkeys(batch, sharding.rows_sharding(mesh, 2)))
     with jax.set_mesh(mesh):
-        scorer = evaluator.make_scorer(model, shape.sequences, mesh)
-        traced = jax.jit(lambda params, batch: scorer(params, {}, batch)).trace(stacked, batch)
+        how: dict[str, Any] = {"sequences": shape.sequences, "chunk": model.head_chunk}
+        score = jax.jit(functools.partial(evaluator.score, model.graphdef, **how))
+        traced = score.trace(stacked, {}, batch)
         lowered = traced.lower()
     parts = {f"parameters of {together} snapshots": bytes_a_chip(stacked), "batch": bytes_a_chip(batch)}
     tokens = rows * shape.length
@@ -266,9 +268,7 @@ def compiled(lowered: Lowered, chip: Chip) -> Plan:
         message = re.sub(r"\s+", " ", str(error)).partition(" HLO module")[0].removeprefix("RESOURCE_EXHAUSTED: ")
         temporaries = re.search(r"temporaries \(([\d.]+)G\)", message)
         parts["temporaries"] = float(temporaries[1]) if temporaries else sum(size for size, _ in largest)
-        return found._replace(
-            hbm_gib=sum(parts.values()), compile_s=time.perf_counter() - start, message=message
-        )
+        return found._replace(hbm_gib=sum(parts.values()), compile_s=time.perf_counter() - start, message=message)
     seconds = time.perf_counter() - start
     memory = program.memory_analysis()
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -1,6 +1,5 @@
 """The value-probe evaluator: every probe under every snapshot, in one program vmapped over snapshots."""
 
-import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +17,7 @@ from vdjax.errors import UserError
 from vdjax.models import hf, lora
 from vdjax.models.functional import Model, trained_part
 from vdjax.models.log_probs import sequence_sums, token_log_probs
+from vdjax.models.products import jit
 from vdjax.probes.readouts import Item
 
 MOST_ADAPTERS = 16  # snapshots held at once over one base: their activations, not their adapters, fill the memory
@@ -141,21 +141,18 @@ def load(readers: Sequence[hf.Reader], model: Model, mesh: Mesh) -> Any:
     return params
 
 
-def make_scorer(model: Model, sequences: int, mesh: Mesh) -> functools.partial[Array]:
-    """`score(stacked, base, batch)`: log-probs of every sequence under every snapshot, [snapshots, rows, sequences].
-
-    The snapshot axis of layer-stacked parameters comes after the layer axis, where the layer loop needs it: vmapped
-    from the front, the loop would first copy all parameters to bring it there. `base` has no snapshot axis.
-    """
-    how = {"sequences": sequences, "chunk": model.head_chunk}
-    return functools.partial(score, model.graphdef, **how)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("sequences", "chunk"))
 def score(
     graphdef: Any, stacked: Any, base: Any, batch: dict[str, Array], *, sequences: int, chunk: int
 ) -> Float[Array, "snapshots rows sequences"]:
-    """See `make_scorer`; compiled once, however often a series is asked in parts."""
+    """Log-probs of every sequence under every snapshot.
+
+    The snapshot axis of layer-stacked parameters comes after the layer axis, where the layer loop needs it: vmapped
+    from the front, the loop would first copy all parameters to bring it there. `base` has no snapshot axis.
+
+    Args:
+      sequences: most sequences in a row.
+      chunk: scored tokens per application of the head.
+    """
 
     def one(params: Any, base: Any, batch: dict[str, Array]) -> Float[Array, "rows sequences"]:
         module = nnx.merge(graphdef, lora.join(base, params))
@@ -164,6 +161,9 @@ def score(
 
     axes = (hf.snapshot_axes(stacked), None, None)
     return jax.vmap(one, in_axes=axes, spmd_axis_name="snapshot")(stacked, base, batch)
+
+
+_score = jit(score, static_argnums=0, static_argnames=("sequences", "chunk"))  # once, however many parts a series has
 
 
 def evaluate(
@@ -202,13 +202,13 @@ def evaluate(
     columns = np.minimum(first[:, None] + np.arange(most), plan.shape.sequences - 1)
     has = np.arange(most) < np.array([len(item.answers) for item in items])[:, None]
     with jax.set_mesh(mesh):
-        scorer = make_scorer(model, plan.shape.sequences, mesh)
+        how = {"sequences": plan.shape.sequences, "chunk": model.head_chunk}
         for part in parts:
             params = load([readers[i] for i in part], model, mesh)
             out = []
             for batch in progress(plan.batches, len(plan.batches)):
                 arrays = {k: sharding.put_global(v, sharding.rows_sharding(mesh, 2)) for k, v in batch.items()}
-                out.append(sharding.fetch(scorer(params, base or {}, arrays)))
+                out.append(sharding.fetch(_score(model.graphdef, params, base or {}, arrays, **how)))
             found = np.stack(out, axis=1)[:, batch_of[:, None], row_of[:, None], columns]
             sums[part] = np.where(has, found, 0)
             del params

@@ -17,6 +17,7 @@ from vdjax.data.examples import Counts
 from vdjax.data.pipeline import Dataset
 from vdjax.errors import UserError, nearest
 from vdjax.models.functional import Model
+from vdjax.models.products import jit
 from vdjax.progress import say
 from vdjax.train.losses import LossSpec
 from vdjax.train.stage import device_batch
@@ -133,5 +134,5 @@ def from_text(
 def scorer(model: Model, mesh: jax.sharding.Mesh) -> Callable[[Any, dict[str, np.ndarray]], np.ndarray]:
     """A function from the parameters of a model with a score head and a batch to the scores of all its tokens."""
     spec = LossSpec(model.graphdef, "", {}, 0, model.head_chunk)
-    step = jax.jit(make_score_step(spec, "scores"))
+    step = jit(make_score_step(spec, "scores"))
     return lambda params, batch: sharding.fetch(step(params, device_batch(batch, mesh)))

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import grain
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +16,7 @@ from vdjax.data.pipeline import Dataset
 from vdjax.data.template import Template
 from vdjax.models.functional import policy_part
 from vdjax.models.lora import join
+from vdjax.models.products import jit
 from vdjax.objectives import OBJECTIVES
 from vdjax.objectives.advantages import adapt_kl_coef, gae, group_relative, leave_one_out, per_token_rewards, whiten
 from vdjax.objectives.policy_gradient import kl_estimate, token_weights
@@ -116,7 +116,7 @@ def inner_objective(hyper: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def scoring_pass(stage: Stage, graphdef: Any, what: Literal["log_probs", "values"]) -> Pass:
-    step = jax.jit(make_score_step(update_spec(stage)._replace(graphdef=graphdef), what))
+    step = jit(make_score_step(update_spec(stage)._replace(graphdef=graphdef), what))
 
     def run(params: Any, responses: Responses) -> np.ndarray:
         def fetched(batch: dict[str, np.ndarray]) -> np.ndarray:

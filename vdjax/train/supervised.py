@@ -17,6 +17,7 @@ from vdjax.data.pipeline import Dataset
 from vdjax.files import read_array, write_whole
 from vdjax.models.functional import Model
 from vdjax.models.lora import join
+from vdjax.models.products import jit
 from vdjax.objectives import OBJECTIVES
 from vdjax.progress import progress_over
 from vdjax.train.losses import COUNTS, LossSpec, count_of
@@ -72,7 +73,7 @@ def reference(stage: Stage, data: Dataset) -> np.ndarray:
     if not hosts.by_first("a look for reference log-probs", file.exists):
         steps = pipeline.in_order(len(data), stage.config.batch_size)
         layout = pipeline.plan(data, steps, row_length=0, row_multiple=rows)
-        score = jax.jit(make_score_step(loss_spec(model, stage.config, layout)))
+        score = jit(make_score_step(loss_spec(model, stage.config, layout)))
         values = pipeline.score(
             data,
             pipeline.batches(data, steps, layout, rows),
@@ -101,7 +102,7 @@ def held_out_evaluation(
     shape = pipeline.plan(data, steps, row_length=0, row_multiple=rows)
     batches = pipeline.batches(data, steps, shape, rows, beside[data.key])
     spec = loss_spec(stage.model, stage.config, shape)
-    step = jax.jit(make_eval_step(spec))
+    step = jit(make_eval_step(spec))
 
     def evaluate(state: TrainState) -> dict[str, float]:
         totals: dict[str, float] = {}
