@@ -292,9 +292,7 @@ def write(work: Path, out: Path) -> None:
     draw(ratios, picture)
     rounds = max(len(figures(work, line.ours, line.figure)) for line in LINES)
     page = (HERE / "benchmarks.md.in").read_text()
-    growth = work / "growth.md"
     parts = {"comparisons": to_markdown(table), "profiles": to_markdown(profiles(work)), "rounds": rounds}
-    parts["growth"] = growth.read_text() if growth.exists() else "Not measured yet."
     out.write_text(page.format(**parts))
 
 

@@ -1,8 +1,6 @@
 """How time and memory grow with length, batch, snapshots and probes: prints a table and draws a figure.
 
-    JAX_PLATFORMS=cpu python scripts/bench/growth.py --figure docs/figures/growth.png > WORK/growth.md
-
-WORK is that of compare.py, whose page then has the table.
+    JAX_PLATFORMS=cpu python scripts/bench/growth.py --figure growth.png
 
 A random Llama of 11 million parameters, float32. Of a train step (DPO) the time and the memory of its temporaries; of
 the evaluator the time of reading and scoring, and the parameters it holds. Each time is the least of three. *growth* is
