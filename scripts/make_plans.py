@@ -76,7 +76,7 @@ def train_steps(found: list[dict[str, Any]]) -> list[dict[str, str]]:
                 "TFLOP done (needed)": f"{step['tflops']:.0f} ({step['needed_tflops']:.0f})",
                 "s at peak": f"{max(seconds.values()):.2f} to {sum(seconds.values()):.2f}" if seconds else "",
                 "compiled in s": f"{step['compile_s']:.0f}",
-                "verdict": "fits" if fits else "does not fit",
+                "verdict": "fits" if fits else "not compiled" if "vmem" in step["message"] else "does not fit",
             }
         )
     return lines
