@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from vdjax.planning.programs import verdict
 from vdjax.studies.tables import to_markdown
 
 MODELS = ("llama3.2-3b", "llama3.1-8b", "llama3.1-70b", "qwen3-4b", "qwen3-8b")
@@ -61,7 +62,7 @@ def train_steps(found: list[dict[str, Any]]) -> list[dict[str, str]]:
         if "snapshots" in row:
             continue
         step = row["plan"]["train_step"]
-        parts, fits, seconds = step["parts"], step["fits"], step["roofline_s"]
+        parts, seconds = step["parts"], step["roofline_s"]
         moved = sum(each["bytes"] for each in step["collectives"]) / 1e9
         lines.append(
             {
@@ -76,7 +77,7 @@ def train_steps(found: list[dict[str, Any]]) -> list[dict[str, str]]:
                 "TFLOP done (needed)": f"{step['tflops']:.0f} ({step['needed_tflops']:.0f})",
                 "s at peak": f"{max(seconds.values()):.2f} to {sum(seconds.values()):.2f}" if seconds else "",
                 "compiled in s": f"{step['compile_s']:.0f}",
-                "verdict": "fits" if fits else "not compiled" if "vmem" in step["message"] else "does not fit",
+                "verdict": verdict(step["fits"], step["message"]),
             }
         )
     return lines
@@ -101,7 +102,7 @@ def evaluators(found: list[dict[str, Any]]) -> list[dict[str, str]]:
                 "needed of HBM": of_hbm(row, one),
                 "collectives across snapshots": f"{across:.0f}",
                 "others": ", ".join(f"{e['count']:,.0f} {e['kind']} ({e['bytes'] / 1e9:.1f} GB)" for e in others),
-                "verdict": "fits" if one["fits"] else "does not fit",
+                "verdict": verdict(one["fits"], one["message"]),
             }
         )
     return lines

@@ -261,7 +261,7 @@ BAD = [
     Bad("stop id that is text", {},
         saved_tokenizer(lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "abc"}')),
         ("generation_config.json: eos_token_id 'abc'",)),
-    Bad("generation_config.json with a stop that no machine word holds", {},
+    Bad("stop id that no machine word holds", {},
         saved_tokenizer(lambda f: (f / "generation_config.json").write_text('{"eos_token_id": 99999999999999999999}')),
         ("generation_config.json: eos_token_id 99999999999999999999", "no token of the tokenizer")),
     Bad("generation_config.json that is no JSON", {},

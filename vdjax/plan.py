@@ -159,7 +159,8 @@ def describe(flags: argparse.Namespace, work: Work, plans: Mapping[str, Plan]) -
 
 
 def of_program(name: str, plan: Plan, work: Work) -> Iterator[str]:
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    verdict = programs.verdict(plan.fits, plan.message)
+    verdict = verdict if plan.fits else verdict.upper()
     parts = ", ".join(f"{part} {size:.2f}" for part, size in plan.parts.items() if size >= 0.005)
     yield f"{name}: {plan.hbm_gib:.2f} of {work.chip.hbm_gib} GiB a chip, {verdict}; compiled in {plan.compile_s:.1f} s"
     yield f"  GiB: {parts}"
@@ -227,10 +228,10 @@ def meshes(work: Work) -> Iterator[dict[str, int]]:
                 yield {"data": data, "fsdp": size // tensor // data, "tensor": tensor}
 
 
-def candidates(work: Work, meshes: Iterable[Mapping[str, int]]) -> Iterator[tuple[dict[str, int], str, int]]:
+def candidates(work: Work, wanted: Iterable[Mapping[str, int]]) -> Iterator[tuple[dict[str, int], str, int]]:
     """Of each mesh, the remat policies and microbatches worth a try."""
     rows = programs.shape_of(work).rows
-    for sizes in meshes:
+    for sizes in wanted:
         shards = sizes["data"] * sizes["fsdp"]
         for remat in CHOICES["remat"]:
             for parts in (1, 2, 4, 8):
@@ -253,6 +254,7 @@ def search(work: Work, flags: argparse.Namespace) -> int:
         one = work._replace(config=config, mesh=mesh)
         plan = programs.compiled(programs.train_step(one), work.chip)
         found = {"mesh": sizes, "remat": remat, "microbatch_rows": rows, "fits": plan.fits, "hbm_gib": plan.hbm_gib}
+        found["verdict"] = programs.verdict(plan.fits, plan.message)
         found |= {"compile_s": plan.compile_s, "best_s": None, "worst_s": None}
         if not plan.message:  # else only its matmuls are known
             times = roofline(plan, one)
@@ -272,7 +274,7 @@ def line_of(found: Mapping[str, Any]) -> str:
     mesh = ",".join(f"{axis}={n}" for axis, n in found["mesh"].items() if n > 1)
     start = f"--mesh {mesh} remat {found['remat']}, {found['microbatch_rows']} rows at a time"
     if not found["fits"]:
-        return f"{start}: does not fit ({found['hbm_gib']:.1f} GiB)"
+        return f"{start}: {found['verdict']} ({found['hbm_gib']:.1f} GiB)"
     if found["best_s"] is None:
         return f"{start}: {found['hbm_gib']:.2f} GiB, no estimate: XLA cannot read back the compiled program"
     return f"{start}: {found['hbm_gib']:.2f} GiB, {found['best_s']:.3g} to {found['worst_s']:.3g} s a step"

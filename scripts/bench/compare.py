@@ -28,7 +28,6 @@ HERE = Path(__file__).parent
 CHECKPOINTS = 8
 DPO = "{here}/train.py --model {model} --objective dpo --batch 4"
 SFT = "{here}/train.py --model {model} --objective sft --batch 8 --microbatch_rows 4"
-PROBES = "{here}/probes.py --checkpoints {each_checkpoint} --questions {peers}/stance_items.json --repeats 1"
 BF16 = " --config.model.compute_dtype=bfloat16"
 
 # Label, whose Python, script and arguments; {name} is filled in. Peers and ours take turns in this order.
@@ -54,7 +53,10 @@ RUNS: dict[str, tuple[str, str]] = {
     "sft-tunix-full": ("tunix", "{peers}/tunix_sft.py --weights {model} --rows {full} --steps 6"),
     "sft-vdjax-full": ("own", SFT + " --rows {full}"),
     "probe-hf": ("peer", "{peers}/hf_probe.py --model {model} --ckpts {checkpoints}"),
-    "probe-vdjax": ("own", PROBES),
+    "probe-vdjax": (
+        "own",
+        "{here}/probes.py --checkpoints {each_checkpoint} --questions {peers}/stance_items.json --repeats 1",
+    ),
     "generate-hf": ("peer", "{peers}/hf_generate.py --model {model} --data {data}"),
     "generate-vdjax": ("own", "{here}/sample.py --model {model} --rows {rows}"),
     "generate-hf-40": ("peer", "{peers}/hf_generate.py --model {model} --data {data} --batch 40"),

@@ -228,19 +228,30 @@ def test_a_search_ranks_what_has_no_estimate_last(
     """Of a program that XLA cannot read back the matmuls alone are known, which would make it the fastest."""
     c = experiment()
     c.dpo = stage("dpo", batch_size=8, max_length=96)
-    mesh: Any = SimpleNamespace(size=1, devices=np.empty(0, object))
+    mesh: Any = SimpleNamespace(shape={"data": 1, "fsdp": 3}, devices=np.empty(0, object))
     work = Work(c, "dpo", from_hf(tiny.SHAPES["llama"], where="tiny"), mesh, chips.CHIPS["v5e"], 96, 64, 8)
     known = Plan(True, 1.0, {}, {}, [], [], 1.0, 1.0, 1e12, 8, 1.0, "")
     plans = [known, known._replace(message="cannot be read back")]
     tried = [({"data": 1}, "full", 8), ({"data": 1}, "none", 8)]
-    monkeypatch.setattr(plan, "candidates", lambda work, meshes: tried)
+    searched: list[Any] = []
+    monkeypatch.setattr(plan, "candidates", lambda work, wanted: searched.extend(wanted) or tried)
     monkeypatch.setattr(programs, "train_step", lambda work: None)
     monkeypatch.setattr(programs, "compiled", lambda lowered, chip: plans.pop())
     monkeypatch.setattr(sharding, "make_mesh", lambda **how: mesh)
-    assert plan.search(work, argparse.Namespace(json=False, mesh="")) == 0
+    assert plan.search(work, argparse.Namespace(json=False, mesh="fsdp=3")) == 0
+    assert searched == [{"data": 1, "fsdp": 3}]  # the mesh that was asked for, and no other
     first, second = capsys.readouterr().out.splitlines()[1:]
     assert "remat none" in first and "s a step" in first
     assert "remat full" in second and "no estimate" in second
+
+
+def test_memory_of_the_chip_itself_that_runs_out_says_nothing_of_hbm() -> None:
+    """The message is that of Qwen3-4B DPO on v6e-64 (docs/plans.json)."""
+    vmem = "E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem while allocating on stack"
+    hbm = "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (38.65G)"
+    assert programs.verdict(True, "") == "fits"
+    assert programs.verdict(False, vmem) == "not compiled"
+    assert programs.verdict(False, hbm) == programs.verdict(False, "") == "does not fit"
 
 
 def test_a_search_tries_layouts_that_share_the_rows_out() -> None:

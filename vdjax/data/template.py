@@ -169,9 +169,9 @@ def _generation_stops(tokenizer: Tokenizer) -> list[int]:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"tokenizer: {file} is no JSON object: {error}") from error
     stops = [] if value is None else value if isinstance(value, list) else [value]
-    known = set(tokenizer.get_vocab().values())
     for stop in stops:
-        if type(stop) is not int or stop not in known:
+        is_id = type(stop) is int and 0 <= stop < 2**31  # beyond a machine word the tokenizer overflows
+        if not is_id or tokenizer.convert_ids_to_tokens(stop) is None:
             raise UserError(f"tokenizer: {file}: eos_token_id {stop!r:.60} is the id of no token of the tokenizer")
     return stops
 

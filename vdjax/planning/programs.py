@@ -288,6 +288,11 @@ def compiled(lowered: Lowered, chip: Chip) -> Plan:
     return found._replace(collectives=ran.collectives, hbm_bytes=ran.hbm_bytes)
 
 
+def verdict(fits: bool, message: str) -> str:
+    """What a compilation came to; where memory on the chip itself runs out, it is XLA's fault and no size of ours."""
+    return "fits" if fits else "not compiled" if "memory space vmem" in message else "does not fit"
+
+
 def bytes_a_chip(tree: Any) -> float:
     """Bytes on each device of arrays with shardings."""
     return sum(
