@@ -8,6 +8,7 @@ so that what is there is not compiled again; --again compiles all.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ TOPOLOGIES = ("v5e-64", "v5e-256", "v5p-128", "v6e-64")
 STAGES = ("sft", "dpo")
 SNAPSHOTS = (16, 64, 256)
 CONFIG = Path(__file__).parent / "plans_config.py"
+XLA_FLAGS = Path(__file__).parents[1] / "tpu" / "xla_flags.txt"
 # Chips, by which a row's sequences a step are chosen: a pair a chip, four sequences a chip for SFT, one of 70B.
 CHIPS = {"v5e-64": 64, "v5e-256": 256, "v5p-128": 64, "v6e-64": 64}
 
@@ -42,6 +44,12 @@ def rows(only: str) -> list[dict[str, Any]]:
     return [row for row in out if all(word in (*row, *row.values()) for word in words)]
 
 
+def launch_flags(generation: str) -> str:
+    """The compiler flags that a job on such chips is started with."""
+    lines = [line.split() for line in XLA_FLAGS.read_text().splitlines() if line and line[0] != "#"]
+    return " ".join(flag for of, flag, *_ in lines if of == generation)
+
+
 def plan(row: dict[str, Any]) -> dict[str, Any]:
     config = f"{CONFIG}:{row['model']},{row['stage']}"
     command = [sys.executable, "-m", "vdjax.plan", "--config", config, "--topology", row["topology"], "--json"]
@@ -50,7 +58,8 @@ def plan(row: dict[str, Any]) -> dict[str, Any]:
     else:
         command += ["--programs", "train_step", f"--config.{row['stage']}.batch_size={row['batch']}"]
         command += [f"--config.{row['stage']}.microbatch_rows={row['batch']}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    flags = {"LIBTPU_INIT_ARGS": launch_flags(row["topology"].split("-")[0])}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | flags)
     if done.returncode not in (0, 1) or not done.stdout.strip():
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout)

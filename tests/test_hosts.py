@@ -44,8 +44,7 @@ def free_port() -> int:
 
 def run_all(commands: Sequence[Sequence[str]], folder: Path, **environment: str) -> list[Ended]:
     """Runs processes side by side to their ends; when one is stopped (SIGSTOP) and the others have ended, kills it."""
-    # Unoptimised code: most of the time goes into compiling.
-    env = tiny.environment() | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"} | environment
+    env = tiny.environment() | {"JAX_PLATFORMS": "cpu"} | environment
     files = [folder / f"{time.time_ns()}-{i}.txt" for i in range(len(commands))]
     running: dict[int, subprocess.Popen] = {}
     ended: dict[int, Ended] = {}
@@ -214,7 +213,7 @@ def test_one_process_goes_on_on_another_mesh(
     stopped: Path, uninterrupted: Path, alone: Path, arguments: list[str], tmp_path: Path
 ) -> None:
     shutil.copytree(stopped, tmp_path / "run")
-    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     run = [*arguments, "--workdir", str(tmp_path / "run"), "--config.mesh.fsdp=1", "--config.mesh.tensor=2"]
     (one,) = training(1, run, tmp_path, XLA_FLAGS=flags)
     assert one.status == 0, one.text

@@ -64,6 +64,7 @@ RUNS: dict[str, tuple[str, str]] = {
         "own",
         "{here}/open_ended.py --model {model} --snapshots 8 --probes 8 --samples 5 --new_tokens 64 --repeats 1",
     ),
+    "growth": ("own", "{here}/growth.py"),
 }
 TRAINS = [name for name in RUNS if "vdjax" in name and name[:4] in ("dpo-", "sft-")]
 
@@ -234,6 +235,12 @@ def shown(values: list[float]) -> str:
     return f"{middle} [{one(min(values))}, {one(max(values))}]" if len(values) > 1 else middle
 
 
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if np.isnan(value) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return str(value)
+
+
 def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], float]]]:
     """The table, and of each line its name, the ratio of each round, and the goal."""
     lines, ratios = [], []
@@ -288,13 +295,43 @@ def draw(ratios: list[tuple[str, list[float], float]], file: Path) -> None:
     drawn.savefig(file, dpi=150)
 
 
+def growth(work: Path) -> pd.DataFrame:
+    """Seconds and MB by size, of the last run, and the exponents with which they grew since the size before."""
+    kept = work / "growth.jsonl"
+    if not kept.exists():
+        return pd.DataFrame(columns=["what", "size", "s", "MB", "growth of s", "growth of MB"])
+    found = pd.DataFrame(json.loads(kept.read_text().splitlines()[-1])["points"])
+    before = found.groupby("what", sort=False).shift()
+    for name in ("s", "MB"):
+        found[f"growth of {name}"] = np.log(found[name] / before[name]) / np.log(found["size"] / before["size"])
+    return found
+
+
+def draw_growth(found: pd.DataFrame, file: Path) -> None:
+    kinds = list(found.groupby("what", sort=False))
+    drawn, panels = plt.subplots(2, len(kinds), figsize=(12, 5), layout="constrained", sharex="col")
+    for column, (what, part) in enumerate(kinds):
+        for row, unit in enumerate(("s", "MB")):
+            axes = panels[row, column]
+            axes.loglog(part["size"], part[unit], "o-", color="black", markersize=4)
+            axes.loglog(part["size"], part[unit].iloc[-1] * part["size"] / part["size"].iloc[-1], ":", color="0.5")
+            axes.set_ylabel(unit)
+        panels[1, column].set_xlabel(str(what))
+    drawn.suptitle("Time and memory by size; dotted: proportional, through the last point")
+    drawn.savefig(file, dpi=120)
+
+
 def write(work: Path, out: Path) -> None:
     table, ratios = comparisons(work)
-    picture = out.parent / "figures" / "benchmarks.png"
-    draw(ratios, picture)
+    figures_of = out.parent / "figures"
+    draw(ratios, figures_of / "benchmarks.png")
+    grown = growth(work)
+    if len(grown):
+        draw_growth(grown, figures_of / "growth.png")
     rounds = max(len(figures(work, line.ours, line.figure)) for line in LINES)
     page = (HERE / "benchmarks.md.in").read_text()
-    parts = {"comparisons": to_markdown(table), "profiles": to_markdown(profiles(work)), "rounds": rounds}
+    tables = {"comparisons": table, "profiles": profiles(work), "growth": grown.map(cell)}
+    parts = {name: to_markdown(table) for name, table in tables.items()} | {"rounds": rounds}
     out.write_text(page.format(**parts))
 
 

@@ -138,7 +138,7 @@ def test_stacked_snapshots_are_the_single_ones() -> None:
 
 
 def test_eight_devices_read_only_their_own_parts() -> None:
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     root = Path(__file__).parents[2]
     script = Path(__file__).parent / "eight_devices_place.py"
     done = subprocess.run(

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import tiny
 
 compare = tiny.load_script("bench/compare.py")
@@ -32,3 +33,16 @@ def test_every_comparison_is_of_programs_that_are_run() -> None:
         assert line.ours in compare.RUNS and line.peer in compare.RUNS
         assert compare.RUNS[line.ours][0] == "own" and compare.RUNS[line.peer][0] != "own"
         assert (line.figure[0] == "-") == (line.peer_figure[0] == "-")
+
+
+def test_growth_is_1_where_a_size_twice_as_large_takes_twice_as_long(tmp_path: Path) -> None:
+    points = [
+        {"what": "rows", "size": 1, "s": 1.0, "MB": 5.0},
+        {"what": "rows", "size": 2, "s": 2.0, "MB": 5.0},
+        {"what": "length", "size": 4, "s": 1.0, "MB": 1.0},
+        {"what": "length", "size": 8, "s": 4.0, "MB": 2.0},
+    ]
+    write(tmp_path, "growth", {"points": points})
+    grown = compare.growth(tmp_path)
+    assert grown["growth of s"].fillna(-1).tolist() == pytest.approx([-1, 1, -1, 2])
+    assert grown["growth of MB"].fillna(-1).tolist() == pytest.approx([-1, 0, -1, 1])

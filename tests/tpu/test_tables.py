@@ -46,6 +46,7 @@ def with_libtpu(code: str, *arguments: str, flags: str = "") -> subprocess.Compl
         "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it only compiles, so others may too
         "LIBTPU_INIT_ARGS": flags,
+        "XLA_FLAGS": "",  # those of the tests are for CPU, and refused
     }
     return subprocess.run([sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True)
 
