@@ -10,7 +10,6 @@ Exit status 0: all fit; 1: one does not.
 
 import argparse
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -160,12 +159,15 @@ def describe(flags: argparse.Namespace, work: Work, plans: Mapping[str, Plan]) -
 
 def of_program(name: str, plan: Plan, work: Work) -> Iterator[str]:
     verdict = programs.verdict(plan.fits, plan.message)
-    verdict = verdict if plan.fits else verdict.upper()
+    shown = verdict if plan.fits else verdict.upper()
     parts = ", ".join(f"{part} {size:.2f}" for part, size in plan.parts.items() if size >= 0.005)
-    yield f"{name}: {plan.hbm_gib:.2f} of {work.chip.hbm_gib} GiB a chip, {verdict}; compiled in {plan.compile_s:.1f} s"
+    yield f"{name}: {plan.hbm_gib:.2f} of {work.chip.hbm_gib} GiB a chip, {shown}; compiled in {plan.compile_s:.1f} s"
     yield f"  GiB: {parts}"
     if not plan.fits:
         yield f"  {plan.message}" if plan.message else "  the compiler took it, but it needs more than the chip has"
+        if verdict == "not compiled":
+            yield "  try LIBTPU_INIT_ARGS with the flags of tpu/xla_flags.txt for this chip, as the launcher does"
+            return
         yield from (f"  kept for the backward pass: {size:.2f} GiB {what}" for size, what in plan.largest)
         yield from (f"  try {advice}" for advice in advices(name, work))
         return
@@ -173,9 +175,6 @@ def of_program(name: str, plan: Plan, work: Work) -> Iterator[str]:
         where = " and ".join(each.over) or "no axis"
         yield f"  {each.kind} over {where}: {each.times:,.0f} times, {each.sent / 1e9:.3g} GB sent"
     yield f"  matmuls: {plan.tflops:.3g} TFLOP a chip, of which {plan.needed_tflops:.3g} are needed"
-    if plan.message:
-        yield f"  {plan.message}"
-        return
     times = roofline(plan, work)
     best, worst = max(times.values()), sum(times.values())
     yield "  seconds at peak: " + ", ".join(f"{kind} {seconds:.3g}" for kind, seconds in times.items())
@@ -210,7 +209,7 @@ def as_json(flags: argparse.Namespace, work: Work, plans: Mapping[str, Plan]) ->
             {"kind": each.kind, "over": each.over, "count": each.times, "bytes": each.sent} for each in plan.collectives
         ]
         fields["largest"] = [{"gib": size, "array": what} for size, what in plan.largest]
-        out[name] = fields | {"roofline_s": roofline(plan, work) if plan.fits and not plan.message else None}
+        out[name] = fields | {"roofline_s": roofline(plan, work) if plan.fits else None}
     return out
 
 
@@ -256,13 +255,13 @@ def search(work: Work, flags: argparse.Namespace) -> int:
         found = {"mesh": sizes, "remat": remat, "microbatch_rows": rows, "fits": plan.fits, "hbm_gib": plan.hbm_gib}
         found["verdict"] = programs.verdict(plan.fits, plan.message)
         found |= {"compile_s": plan.compile_s, "best_s": None, "worst_s": None}
-        if not plan.message:  # else only its matmuls are known
+        if plan.fits:
             times = roofline(plan, one)
             found |= {"best_s": max(times.values()), "worst_s": sum(times.values())}
         tried.append(found)
         fitting |= {key} if plan.fits else set()
         say(line_of(found))
-    ranked = sorted((each for each in tried if each["fits"]), key=lambda each: each["worst_s"] or math.inf)
+    ranked = sorted((each for each in tried if each["fits"]), key=lambda each: each["worst_s"])
     if flags.json:
         print(json.dumps({"topology": flags.topology, "ranked": ranked, "tried": tried}, indent=1))
     else:
@@ -275,8 +274,6 @@ def line_of(found: Mapping[str, Any]) -> str:
     start = f"--mesh {mesh} remat {found['remat']}, {found['microbatch_rows']} rows at a time"
     if not found["fits"]:
         return f"{start}: {found['verdict']} ({found['hbm_gib']:.1f} GiB)"
-    if found["best_s"] is None:
-        return f"{start}: {found['hbm_gib']:.2f} GiB, no estimate: XLA cannot read back the compiled program"
     return f"{start}: {found['hbm_gib']:.2f} GiB, {found['best_s']:.3g} to {found['worst_s']:.3g} s a step"
 
 

@@ -2,8 +2,10 @@
 
 import functools
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -76,7 +78,7 @@ class Plan(NamedTuple):
     hbm_bytes: float  # read and written
     tokens: int
     compile_s: float
-    message: str  # the compiler's, where the program does not fit or cannot be read back
+    message: str  # the compiler's, where the program does not fit
 
 
 # Their shapes
@@ -260,16 +262,20 @@ def compiled(lowered: Lowered, chip: Chip) -> Plan:
     needed = lowered.needed_flops / chips / 1e12
     mesh = dict(lowered.mesh.shape)
     found = Plan(False, 0.0, mesh, parts, largest, [], done, needed, 0.0, lowered.tokens, 0.0, "")
-    try:
-        program = lowered.lowered.compile()
-    except JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        message = re.sub(r"\s+", " ", str(error)).partition(" HLO module")[0].removeprefix("RESOURCE_EXHAUSTED: ")
-        temporaries = re.search(r"temporaries \(([\d.]+)G\)", message)
-        parts["temporaries"] = float(temporaries[1]) if temporaries else sum(size for size, _ in largest)
-        return found._replace(hbm_gib=sum(parts.values()), compile_s=time.perf_counter() - start, message=message)
-    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            program = lowered.lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            message = re.sub(r"\s+", " ", str(error)).partition(" HLO module")[0].removeprefix("RESOURCE_EXHAUSTED: ")
+            temporaries = re.search(r"temporaries \(([\d.]+)G\)", message)
+            parts["temporaries"] = float(temporaries[1]) if temporaries else sum(size for size, _ in largest)
+            return found._replace(hbm_gib=sum(parts.values()), compile_s=time.perf_counter() - start, message=message)
+        seconds = time.perf_counter() - start
+        # The compiler's own text: what libtpu makes for v5p and v6e XLA of this JAX cannot always read back.
+        dumps = list(Path(folder).glob("*.after_codegen.txt"))
+        text = dumps[0].read_text() if dumps else program.as_text()
     memory = program.memory_analysis()
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     parts |= {
@@ -279,11 +285,6 @@ def compiled(lowered: Lowered, chip: Chip) -> Plan:
     }
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + output + memory.generated_code_size_in_bytes
     found = found._replace(fits=total / GIB <= chip.hbm_gib, hbm_gib=total / GIB, parts=parts, compile_s=seconds)
-    try:
-        text = program.as_text()
-    except JaxRuntimeError as error:  # XLA cannot read back asynchronous operations of some programs for v5p
-        reason = str(error).partition("\n")[0]
-        return found._replace(message=f"collectives and HBM traffic are not known: {reason}")
     ran = hlo.read(text, mesh, lowered.trips)
     return found._replace(collectives=ran.collectives, hbm_bytes=ran.hbm_bytes)
 
