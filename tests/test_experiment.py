@@ -117,6 +117,26 @@ def test_a_disk_that_is_full_is_named_and_the_same_command_goes_on(
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
+@pytest.mark.parametrize(
+    "lost, says",
+    [
+        ("sft/done.json", "training got to step 6 of 6, but neither done.json nor a point in resume/ is there"),
+        ("sft/snapshots/0", "sft/snapshots: 0 not there, of 4 snapshots. Put back"),
+        ("dpo/snapshots/6", "dpo/snapshots: 6 not there, of 4 snapshots. Put back"),
+        ("config.json", "config.json: is not there, so that nothing says with which config"),
+    ],
+)
+def test_what_is_lost_is_named_and_nothing_begins_anew(
+    finished: tuple[Path, list[str]], tiny_data: Path, tmp_path: Path, lost: str, says: str
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "run")
+    for kept in ("probes", "responses", "drift"):
+        shutil.rmtree(tmp_path / "run" / kept, ignore_errors=True)
+    subprocess.run(["rm", "-r", tmp_path / "run" / lost], check=True)
+    with pytest.raises(UserError, match=re.escape(says)):
+        experiment.run(configs.load(tiny.config_spec(tiny_data)), tmp_path / "run", "COMMAND")
+
+
 def test_training_moves_and_its_log_is_complete(finished: tuple[Path, list[str]]) -> None:
     workdir = finished[0]
     first, last = (all_params(workdir / "dpo" / "snapshots" / str(step)) for step in (0, 6))

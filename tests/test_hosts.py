@@ -336,7 +336,7 @@ def meeting(places: Sequence[Place], timeout: float) -> tuple[list[Any], list[st
         try:
             results[i] = cluster.meet(places[i], timeout, said.append)
         except UserError as error:
-            results[i] = str(error)
+            results[i] = f"{error.status}: {error}"
 
     threads = [threading.Thread(target=visit, args=(i,)) for i in range(len(places))]
     for thread in threads:
@@ -353,14 +353,14 @@ def test_processes_meet_or_are_told_who_is_missing(monkeypatch: pytest.MonkeyPat
     results, _ = meeting([Place(where[0], 3, i) for i in (2, 0, 1)], 30)
     assert results == [[host] * 3] * 3
     results, said = meeting([Place(where[1], 4, i) for i in (0, 2)], 2)
-    assert results == ["waited 2 s for all 4 processes to start; not there: 1, 3"] * 2
+    assert results == ["76: waited 2 s for all 4 processes to start; not there: 1, 3"] * 2
     assert any(line.startswith("waiting for processes 1, 3 of 4 to start, ") for line in said)
     results, _ = meeting([Place(where[2], 2, 0), Place(where[2], 3, 1)], 30)
-    assert results == [f"{host} is process 1 of 3, but {host} process 0 of 2"] * 2
+    assert results == [f"2: {host} is process 1 of 3, but {host} process 0 of 2"] * 2
     results, _ = meeting([Place(where[3], 3, 0), *[Place(where[3], 3, 1)] * 2], 30)
-    assert results == [f"process 1 is there twice, on {host} and {host}"] * 3
+    assert results == [f"2: process 1 is there twice, on {host} and {host}"] * 3
     results, said = meeting([Place(where[4], 2, 1)], 0.5)
-    assert results[0].startswith("waited ") and f"for process 0 at {where[4]}" in results[0]
+    assert results[0].startswith("76: waited ") and f"for process 0 at {where[4]}" in results[0]
 
 
 def test_a_process_that_gave_up_while_others_were_waited_for_may_come_again() -> None:
@@ -368,7 +368,7 @@ def test_a_process_that_gave_up_while_others_were_waited_for_may_come_again() ->
     hello = b'{"process": 1, "processes": 3, "host": "x"}\n'
     thread = threading.Thread(target=lambda: results.append(cluster.meet(Place(where, 3, 0), 30)))
     thread.start()
-    for text in (hello, b"GET / HTTP/1.0\r\n\r\n", b"[]\n", b""):
+    for text in (hello, b"GET / HTTP/1.0\r\n\r\n", b"[]\n", b"[" * 100_000 + b"\n", b""):
         for _ in range(100):
             try:
                 with socket.create_connection(("127.0.0.1", int(where.split(":")[1])), timeout=1) as door:

@@ -116,7 +116,8 @@ def test_a_child_begins_with_what_its_parent_ended_with(run: Any, tiny_data: Pat
     shutil.copytree(workdir, tmp_path / "run")
     longer = config.copy_and_resolve_references()
     longer.stages, longer.dpo.max_steps = ("sft", "dpo"), 2
-    (tmp_path / "run" / "config.json").unlink()
+    kept = {"config": json.loads(configs.to_json(longer))}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(kept))
     asked: list[tuple[str, list[int]]] = []
     with pytest.MonkeyPatch.context() as patch:
         real = measure.responses

@@ -1,7 +1,7 @@
 """How every command ends: a UserError is a message and never a traceback; where several processes run it, alike.
 
 Exit status: 0 done; 1 a bug; 2 a UserError, or a disk that cannot be written; 75 (INTERRUPTED) stopped by a signal with
-everything saved; 76 (`hosts.LOST`) another process is gone. After 75 and 76 the same command goes on.
+everything saved; 76 (`hosts.LOST`) another process is gone, or did not come. After 75 and 76 the same command goes on.
 """
 
 import os
@@ -24,11 +24,12 @@ def run_cli(main: Callable[[], int | None]) -> None:
             hosts.leave()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        hosts.end(2, str(error))
-        sys.exit(2)
+        hosts.end(error.status, str(error))
+        sys.exit(error.status)
     except KeyboardInterrupt:
+        print("stopped by a signal", file=sys.stderr)
         hosts.end(INTERRUPTED, "stopped by a signal")
-        raise
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if problem := disk_problem(error):
             print(f"error: {problem}", file=sys.stderr, flush=True)

@@ -28,6 +28,13 @@ MOST_BYTES = 2**20  # of what is said at the port
 OWN_SIZES = {"slurm": "SLURM_NTASKS", "ompi": "OMPI_COMM_WORLD_SIZE"}  # say without any waiting that there are several
 
 
+class NotThere(UserError):
+    """Not all processes came in time. They may yet, as when a slice is given back later than another: started again,
+    the same command goes on."""
+
+    status = hosts.LOST
+
+
 class Place(NamedTuple):
     """A process in its job."""
 
@@ -148,7 +155,7 @@ def _receive(place: Place, timeout: float, say: Callable[[str], None]) -> list[s
         except OSError as error:
             raise UserError(f"process 0 cannot listen at {place.coordinator}: {error}; choose another port") from error
         guests: dict[int, socket.socket] = {}
-        problem = ""
+        problem, late = "", False
         while len(found) < place.processes and not problem:
             for process in [i for i, guest in guests.items() if _gone(guest)]:  # to be started anew, perhaps
                 guests.pop(process).close()
@@ -156,7 +163,7 @@ def _receive(place: Place, timeout: float, say: Callable[[str], None]) -> list[s
             waited = time.monotonic() - begun
             missing = [i for i in range(place.processes) if i not in found]
             shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-            if waited > timeout:
+            if late := waited > timeout:
                 problem = f"waited {timeout:.0f} s for all {place.processes} processes to start; not there: {shown}"
                 break
             if waited > patience:
@@ -177,12 +184,13 @@ def _receive(place: Place, timeout: float, say: Callable[[str], None]) -> list[s
             # The second of two is told as well.
             guests[process if process not in guests else -1] = guest
             found.setdefault(process, host)
-        answer = {"problem": problem} if problem else {"hosts": [found[i] for i in range(place.processes)]}
+        names = [found.get(i) for i in range(place.processes)]
+        answer = {"problem": problem, "late": late} if problem else {"hosts": names}
         for guest in guests.values():
             with suppress(OSError):
                 guest.sendall(json.dumps(answer).encode() + b"\n")
     if problem:
-        raise UserError(problem)
+        raise (NotThere if late else UserError)(problem)
     return [found[i] for i in range(place.processes)]
 
 
@@ -212,7 +220,7 @@ def _visit(place: Place, timeout: float, say: Callable[[str], None]) -> list[str
     while True:
         waited = time.monotonic() - begun
         if waited > timeout + HELLO_S:  # process 0, if it is there, knows who is missing
-            raise UserError(
+            raise NotThere(
                 f"waited {waited:.0f} s for process 0 at {place.coordinator}; is it started, and does its host let "
                 "others reach this port?"
             )
@@ -228,14 +236,17 @@ def _visit(place: Place, timeout: float, say: Callable[[str], None]) -> list[str
             time.sleep(0.3)
             continue
         if answer.get("problem"):
-            raise UserError(str(answer["problem"]))
+            raise (NotThere if answer.get("late") else UserError)(str(answer["problem"]))
         return list(map(str, answer["hosts"]))
 
 
 def _read(door: socket.socket) -> dict[str, Any]:
     """One line of JSON."""
     with door.makefile("rb") as lines:
-        value = json.loads(lines.readline(MOST_BYTES) or b"null")
+        try:
+            value = json.loads(lines.readline(MOST_BYTES) or b"null")
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError("no object")
     return value

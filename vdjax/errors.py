@@ -13,6 +13,8 @@ class UserError(Exception):
     It fits one screen, whatever the input quoted in it: `one_screen`.
     """
 
+    status = 2  # with which a command ends
+
     def __str__(self) -> str:
         return one_screen(super().__str__())
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from vdjax import findings, hosts, measure, runs, sharding, snapshots
 from vdjax.data import chat, pipeline, tokenizer
+from vdjax.errors import UserError
 from vdjax.models import config as model_config
 from vdjax.models import hf
 from vdjax.models.functional import Model, frozen_part, make_model, shardings
@@ -64,7 +65,7 @@ def run(config: ConfigDict, workdir: Path, command: str) -> None:
                 say(f"{name} data: {overlap_line(overlap[name], len(plans[name].train))}")
             train(stages[name], rewarders[name], made)
             if config[name].snapshots.probe:
-                ask_stage(config, name, made, asked, workdir)
+                ask_stage(config, stages[name], made, asked)
         if config.judge_quality.stage:
             measure.judge_quality(config, made, workdir)
         judges = measure.judge(config, made, asked, runs.probed(config), workdir)
@@ -173,12 +174,22 @@ def overlap_line(ids: Sequence[str], total: int) -> str:
     )
 
 
-def ask_stage(config: ConfigDict, name: str, made: Setup, asked: measure.Questions, workdir: Path) -> None:
-    """Asks every snapshot of a stage."""
+def ask_stage(config: ConfigDict, stage: Stage, made: Setup, asked: measure.Questions) -> None:
+    """Asks every snapshot of a stage.
+
+    Raises:
+      UserError: one that was taken is not there.
+    """
+    name, workdir, steps = stage.name, stage.workdir, sorted(stage.plan.snapshot_steps)
     folder = workdir / name / "snapshots"
-    steps = hosts.by_first(f"the snapshots of {name}", lambda: snapshots.kept(folder))
+    there = hosts.by_first(f"the snapshots of {name}", lambda: snapshots.kept(folder))
+    if missing := sorted(set(steps) - set(there)):
+        raise UserError(
+            f"{folder}: {', '.join(map(str, missing))} not there, of {len(steps)} snapshots. "
+            f"{snapshots.how_to_mend(folder / str(missing[0]))}"
+        )
     readers = [snapshots.open_reader(folder / str(step)) for step in steps]
-    model = runs.stage_model(config, name, made.model.cfg)
+    model = stage.model
     base = frozen_part(model, runs.start_params(config, name, made, workdir)) if model.lora else None
     series = measure.Series(name, steps, readers, (steps[0], steps[-1]), base)
     parent = runs.parent(config, name)

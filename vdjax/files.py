@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # those that only writing meets
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+AGAIN = "put back a copy of it"  # what is to be done about a file that nothing writes again
 UPLOAD_S = 60.0  # between two uploads of a file that grows
 
 # Several hosts write into a bucket, so what one of them has listed once may not be so any more.
@@ -236,6 +237,8 @@ def disk_problem(error: Exception) -> str:
         return ""
     named = re.search(r'local file "([^"]+)"', str(error))
     where = named[1] if named else getattr(error, "filename", None) or "a file"
+    if number in (errno.EACCES, errno.EPERM):
+        return f"{where}: {os.strerror(number)}; expected files that whoever runs this may read and write"
     return (
         f"{where}: cannot be written: {os.strerror(number)}. What was saved before is whole: make room or mend the disk"
         ", and the same command goes on from there"
@@ -325,10 +328,14 @@ def read_kept(file: Path, *keys: str) -> dict[str, Any]:
     Raises:
       UserError: a file that is missing, damaged or without one of `keys`.
     """
-    value = read_object(file, "cannot be read back")
+    try:
+        value = read_object(file, "cannot be read back")
+    except UserError as error:
+        raise UserError(f"{error}; {AGAIN}") from error
     for key in keys:
         if key not in value:
-            raise UserError(f"{file}: cannot be read back: {key!r} is missing; found {', '.join(value) or 'nothing'}")
+            listed = ", ".join(value) or "nothing"
+            raise UserError(f"{file}: cannot be read back: {key!r} is missing; found {listed}; {AGAIN}")
     return value
 
 
@@ -342,15 +349,15 @@ def kept_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise UserError(f"{file}: cannot be read back: {error}") from error
+        raise UserError(f"{file}: cannot be read back: {error}; {AGAIN}") from error
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             row = parse_json(line)
         except ValueError as error:
-            raise UserError(f"{file}:{number}: cannot be read back: {error}") from error
+            raise UserError(f"{file}:{number}: cannot be read back: {error}; {AGAIN}") from error
         if not isinstance(row, dict) or not row.keys() >= set(keys):
             expected = f"an object with {', '.join(keys)}" if keys else "an object"
-            raise UserError(f"{file}:{number}: cannot be read back: expected {expected}, found {row!r}")
+            raise UserError(f"{file}:{number}: cannot be read back: expected {expected}, found {row!r}; {AGAIN}")
         rows.append(row)
     return rows
 

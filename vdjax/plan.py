@@ -24,7 +24,7 @@ from vdjax.errors import UserError, nearest
 from vdjax.models import config as model_config
 from vdjax.models import hf
 from vdjax.models.config import ModelConfig
-from vdjax.planning import programs
+from vdjax.planning import hlo, programs
 from vdjax.planning.programs import Plan, Work
 from vdjax.progress import say
 from vdjax.setup import check_context, check_tensor
@@ -127,7 +127,7 @@ def shape_of(config: ConfigDict) -> ModelConfig:
 def roofline(plan: Plan, work: Work) -> dict[str, float]:
     """Seconds a chip needs at its peaks for each kind of work of a program."""
     chip = work.chip
-    sent = sum(each.sent for each in plan.collectives)
+    sent = sum(each.sent for each in plan.collectives if each.over != hlo.BETWEEN_SLICES)
     return {
         "matmuls": plan.tflops * 1e12 / chip.flops,
         "memory": plan.hbm_bytes / chip.hbm_bandwidth,
@@ -163,12 +163,15 @@ def of_program(name: str, plan: Plan, work: Work) -> Iterator[str]:
     parts = ", ".join(f"{part} {size:.2f}" for part, size in plan.parts.items() if size >= 0.005)
     yield f"{name}: {plan.hbm_gib:.2f} of {work.chip.hbm_gib} GiB a chip, {shown}; compiled in {plan.compile_s:.1f} s"
     yield f"  GiB: {parts}"
+    kept = [(size, what) for size, what in plan.largest if size >= 0.005]
     if not plan.fits:
         yield f"  {plan.message}" if plan.message else "  the compiler took it, but it needs more than the chip has"
         if verdict == "not compiled":
             yield "  try LIBTPU_INIT_ARGS with the flags of tpu/xla_flags.txt for this chip, as the launcher does"
             return
-        yield from (f"  kept for the backward pass: {size:.2f} GiB {what}" for size, what in plan.largest)
+    why = "kept for the backward pass" if name == "train_step" else "kept from the turns of a loop"
+    yield from (f"  {why}: {size:.2f} GiB {what}" for size, what in kept)
+    if not plan.fits:
         yield from (f"  try {advice}" for advice in advices(name, work))
         return
     for each in plan.collectives:
@@ -218,11 +221,11 @@ def as_json(flags: argparse.Namespace, work: Work, plans: Mapping[str, Plan]) ->
 
 def meshes(work: Work) -> Iterator[dict[str, int]]:
     """Meshes worth a try."""
-    size = work.mesh.size
+    size, slices = work.mesh.size, sharding.slice_count(list(work.mesh.devices.flat))
     for tensor in (1, 2, 4, 8):
         if size % tensor or work.cfg.num_kv_heads % tensor or work.cfg.intermediate_size % tensor:
             continue
-        for data in (1, 2, 4):
+        for data in (slices, 2 * slices, 4 * slices):  # slices lie along the data axis
             if size // tensor % data == 0:
                 yield {"data": data, "fsdp": size // tensor // data, "tensor": tensor}
 

@@ -10,6 +10,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from vdjax import check_config, cluster, hosts, runtime
 from vdjax import config as configs
 from vdjax.cli import run_cli
@@ -47,6 +49,15 @@ def main() -> None:
     hosts.agree("what is asked", configs.facts(config) | {"--models": flags.models})
     hosts.check_shared(flags.workdir)
 
+    from vdjax import runs
+
+    with runs.held(flags.workdir) as mine:
+        if not mine:
+            raise UserError(f"{flags.workdir}: another process is at work there; wait for it, or stop it")
+        probe(config, flags)
+
+
+def probe(config: ConfigDict, flags: argparse.Namespace) -> None:
     import jax
 
     from vdjax import findings, measure, runs

@@ -202,6 +202,12 @@ def claim(config: ConfigDict, workdir: Path, command: str) -> None:
 def _claim(config: ConfigDict, workdir: Path, command: str) -> None:
     file = workdir / "config.json"
     mine = json.loads(configs.to_json(config))
+    left = [name for name in config.stages if (workdir / name / "metrics.jsonl").exists()]
+    if left and not file.exists():
+        raise UserError(
+            f"{file}: is not there, so that nothing says with which config {workdir / left[0]} was trained; put back a "
+            "copy of it, or give a new --workdir"
+        )
     if file.exists():
         theirs = _config_of(file)
         before, now = configs.flat(theirs), configs.flat(mine)

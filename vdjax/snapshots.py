@@ -96,7 +96,9 @@ def open_reader(snapshot: Path) -> Reader:
                 stores[path] = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
             return stores[path][index].read().result()
         except ValueError as error:
-            raise UserError(f"{snapshot}: parameter {'.'.join(path)} cannot be read: {error}") from None
+            name = ".".join(path)
+            why = str(error).partition(" [tensorstore_spec")[0]
+            raise UserError(f"{snapshot}: parameter {name} cannot be read: {why}. {how_to_mend(snapshot)}") from None
 
     return Reader(snapshot, about.get("checksums", {}), read)
 
@@ -130,9 +132,14 @@ def check_stacked(readers: Sequence[Any], params: Any, axes: Any) -> None:
 def _compare(reader: Reader, found: Mapping[str, int]) -> None:
     for name in _changed(reader.checksums, found):
         raise UserError(
-            f"{reader.snapshot}: {name} is not what was saved: files in there are damaged. Put back a copy of them, "
-            f"or remove {reader.snapshot.parents[1]}: the run's command trains that stage again, to the same values"
+            f"{reader.snapshot}: {name} is not what was saved: files in there are damaged. "
+            f"{how_to_mend(reader.snapshot)}"
         )
+
+
+def how_to_mend(snapshot: Path) -> str:
+    stage = snapshot.parents[1]
+    return f"Put back a copy of it, or remove {stage}: the run's command trains that stage again, to the same values"
 
 
 def _changed(saved: Mapping[str, int], found: Mapping[str, int]) -> list[str]:

@@ -1,3 +1,5 @@
+import math
+import re
 from typing import Any
 
 import jax
@@ -54,6 +56,23 @@ def test_padded_and_one_by_one_score_as_every_response_alone(
     grid = run(Static(qwen[0]), qwen[1], padded, 8)
     for row, want in zip(grid, expected, strict=True):
         np.testing.assert_allclose(row[: len(want)], want, atol=1e-5, rtol=0)
+
+
+def test_no_array_holds_more_logits_than_those_of_a_chunk(qwen: tuple[Model, Any]) -> None:
+    made, params = qwen
+    vocab, width = made.params["embed"].shape
+    assert vocab not in (64, 4, width)
+    batch = tiny.pack(EXAMPLES, 64, 4)
+
+    def held(chunk: int) -> int:
+        """The most rows that an array beside the vocabulary has in the program of a loss and its gradient."""
+        run = jax.jit(jax.value_and_grad(lambda params: score(made, params, batch, chunk).sum()))
+        text = run.lower(params).compile().as_text()
+        shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)}
+        return max(math.prod(shape) // vocab for shape in shapes if vocab in shape)
+
+    assert held(7) == width  # the table and its gradient; the logits of seven tokens are fewer
+    assert held(48) == 48
 
 
 def test_gradient_is_that_of_the_naive_computation(llama: tuple[Model, Any]) -> None:

@@ -31,7 +31,9 @@ REAL = SEGMENTS > 0
     ],
 )
 def test_the_kernels_are_equal_to_the_plain_path(shared: bool, length: int, dtype: Any, tolerance: float) -> None:
-    """Outputs and gradients, relative to the largest number; without `sequence_ids` a segment is one sequence."""
+    """Root mean square of the difference over that of the plain path in float32; without `sequence_ids` a segment is
+    one sequence. To round a number to bfloat16 costs 1.6e-3 alone, and gradients are rounded once more on their way:
+    those of the plain path in bfloat16 are 2.8e-3 to 3.3e-3 off."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, length, n, 64)), dtype) for n in (4, 2, 2))
     segments, real = jnp.asarray(SEGMENTS[:, :length]), REAL[:, :length]
@@ -41,11 +43,12 @@ def test_the_kernels_are_equal_to_the_plain_path(shared: bool, length: int, dtyp
     want, pull = jax.vjp(lambda *x: attention(*x, *ids, query_chunk=48), *wide)
     wanted = (want, *pull(cotangent.astype(jnp.float32)))
     out, pull = jax.vjp(lambda *x: splash.attention(*x, *ids, interpret=True), q, k, v)
-    for x, y in zip((out, *pull(cotangent)), wanted, strict=True):
+    bounds = [tolerance, *[tolerance if dtype == jnp.float32 else 3e-3] * 3]
+    for x, y, bound in zip((out, *pull(cotangent)), wanted, bounds, strict=True):
         x, y = (np.where(real[..., None, None], np.asarray(z, np.float32), 0) for z in (x, y))
         assert np.isfinite(x).all() and x.dtype == np.float32
         size = np.sqrt(np.mean(y[real] ** 2))
-        assert np.sqrt(np.mean((x - y) ** 2)) <= tolerance * (1 if dtype == jnp.float32 else 2) * size
+        assert np.sqrt(np.mean((x - y) ** 2)) <= bound * size
 
 
 def test_kernels_are_used_where_they_are_asked_for() -> None:

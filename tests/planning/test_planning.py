@@ -255,7 +255,8 @@ def test_memory_of_the_chip_itself_that_runs_out_says_nothing_of_hbm() -> None:
 def test_a_search_tries_layouts_that_share_the_rows_out() -> None:
     c = experiment()
     c.dpo = stage("dpo", batch_size=64, max_length=96)
-    mesh: Any = SimpleNamespace(size=16, shape={"data": 1, "fsdp": 16})
+    devices = [SimpleNamespace(platform="tpu", slice_index=i // 8) for i in range(16)]
+    mesh: Any = SimpleNamespace(size=16, shape={"data": 1, "fsdp": 16}, devices=np.array(devices[:1] * 16))
     work = Work(c, "dpo", from_hf(tiny.SHAPES["llama"], where="tiny"), mesh, chips.CHIPS["v5e"], 96, 64, 8)
     tried = list(plan.candidates(work, plan.meshes(work)))
     assert len(tried) == len({str(each) for each in tried}) > 20
@@ -267,3 +268,5 @@ def test_a_search_tries_layouts_that_share_the_rows_out() -> None:
     assert set(firsts.values()) == {64}
     pinned = {"data": 2, "fsdp": 4, "context": 2, "tensor": 1}
     assert {str(sizes) for sizes, *_ in plan.candidates(work, [pinned])} == {str(pinned)}
+    mesh.devices = np.array(devices)
+    assert {sizes["data"] for sizes in plan.meshes(work)} == {2, 4, 8}  # two slices: each holds all of a data shard

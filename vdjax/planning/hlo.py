@@ -11,6 +11,9 @@ BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 
     f"{kind}{bits}": bits / 8 for kind in "su" for bits in (8, 16, 32, 64)
 }
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Between slices a TPU's programs hand their part of a collective to the hosts, which send it.
+MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+BETWEEN_SLICES = ("slices",)
 # What takes no HBM traffic of its own: names for values, and what is counted inside.
 FREE = frozenset(
     {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
@@ -28,7 +31,7 @@ class Instruction(NamedTuple):
 
 class Collective(NamedTuple):
     kind: str
-    over: tuple[str, ...]  # axes of the mesh that its groups reach across
+    over: tuple[str, ...]  # axes of the mesh that its groups reach across, or BETWEEN_SLICES
     times: float  # a run of the program
     sent: float  # bytes that a chip sends, in all of them
 
@@ -53,6 +56,10 @@ def read(text: str, mesh_shape: Mapping[str, int], trips: int = 1) -> Program:
     for inside, instruction, times in _walk(computations, entry, trips):
         if instruction.opcode not in FREE and not inside.fused:
             moved += times * _traffic(computations, inside.instructions, instruction)
+        if instruction.opcode == "send" and (between := MEGASCALE.search(instruction.rest)):
+            total = totals.setdefault((between[1].lower().replace("_", "-"), BETWEEN_SLICES), [0.0, 0.0])
+            total[0] += times
+            total[1] += times * _size(inside.instructions[_operands(instruction)[0]].shape)
         kind = instruction.opcode.removesuffix("-start")
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
         if kind not in COLLECTIVES or (channel and channel[1] in seen):

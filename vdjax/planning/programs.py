@@ -226,14 +226,8 @@ BUILDERS: Mapping[str, Callable[[Work], Lowered]] = {
 
 
 def wanted(work: Work) -> list[str]:
-    """The programs that the experiment runs."""
-    stage, probes = work.config[work.stage], work.config.probes
-    rollout = OBJECTIVES[stage.objective].kind == "rollout"
-    samples = rollout or "open_ended" in probes.readouts
-    uses_reference = has_reference(stage_of(work))
-    asks = any(readout != "open_ended" for readout in probes.readouts)
-    uses = {"train_step": True, "reference": uses_reference, "sampler": samples, "evaluator": asks}
-    return [name for name in PROGRAMS if uses[name]]
+    """The programs of an experiment; a reference pass where the stage has a reference."""
+    return [name for name in PROGRAMS if name != "reference" or has_reference(stage_of(work))]
 
 
 def amounts(work: Work) -> tuple[float, float, float]:

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 
 from vdjax import hosts, snapshots
 from vdjax.errors import UserError
-from vdjax.files import remove_tree, write_whole
+from vdjax.files import kept_lines, remove_tree, write_whole
 from vdjax.models import functional
 from vdjax.models.config import ModelConfig
 from vdjax.models.functional import Model, shardings
 from vdjax.models.transformer import INIT_STDDEV
 from vdjax.objectives import OBJECTIVES
+from vdjax.progress import say
 from vdjax.train.flops import peak_flops, train_flops
 from vdjax.train.log import MetricsLog, stop_signals
 from vdjax.train.optimizer import make_optimizer, schedule
@@ -123,10 +124,12 @@ def begin(stage: Stage, manager: Any) -> tuple[Update, TrainState]:
     """How the state is changed, and the state: the newest resume point, or a fresh one.
 
     Raises:
-      UserError: the data are not those that the resume point was trained on.
+      UserError: the data are not those that the resume point was trained on, or the resume points are lost.
     """
     update, abstract = abstract_update(stage)
     restored = snapshots.restore_resume(manager, abstract)
+    if restored is None:
+        check_nothing_is_lost(stage)
     frozen, trained = first_params(stage) if restored is None or stage.model.lora else ({}, None)
     update = update._replace(frozen=frozen)
     if restored is None:
@@ -145,6 +148,24 @@ def begin(stage: Stage, manager: Any) -> tuple[Update, TrainState]:
     return update, state
 
 
+def check_nothing_is_lost(stage: Stage) -> None:
+    """UserError where a stage that would begin at step 0 has been so far before that it left resume points."""
+    folder = stage.workdir / stage.name
+
+    def reached() -> int:
+        log = folder / "metrics.jsonl"
+        logged = [row["step"] for row in kept_lines(log, "step")] if log.exists() else []
+        return max([0, *snapshots.kept(folder / "snapshots"), *logged])
+
+    step = hosts.by_first(f"a look at what {stage.name} left", reached)
+    if step > 2 * stage.resume_every:  # the point before the last is whole by then
+        raise UserError(
+            f"{folder}: training got to step {step} of {stage.plan.total_steps}, but neither done.json nor a point in "
+            f"resume/ is there to go on from; put them back, or remove {folder} to train the stage again, to the same "
+            "values"
+        )
+
+
 def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool:
     """The loop. Returns whether a signal asked to stop during the last step."""
     plan, config, folder = stage.plan, stage.config, stage.workdir / stage.name
@@ -154,6 +175,7 @@ def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool
     log = MetricsLog(folder / "metrics.jsonl", curves, stage.name, step, total, stage.log_every)
     checkpointer, peak = snapshots.saver(), peak_flops()
     stop_now = hosts.stop_vote(stage.mesh)
+    say(f"{stage.name}: {'goes on from' if step else 'begins at'} step {step} of {total}")
     pending: list[tuple[int, Any, Facts]] = []
     last = time.perf_counter()
 
