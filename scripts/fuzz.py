@@ -397,13 +397,15 @@ def campaign(name: str, seconds: int, kept: Path | None, found: Path) -> bool:
             for stream in (1, 2):
                 os.dup2(output.fileno(), stream)
             in_child(name, seconds, corpus, found)
-        status = os.waitpid(child, 0)[1]
+        _, status, used = os.wait4(child, 0)
         log = Path(output.name).read_text(encoding="utf-8", errors="replace")
     runs_done = re.findall(r"stat::number_of_executed_units:\s*(\d+)|^#(\d+)\s", log, re.M)
     executions = max((int(a or b) for a, b in runs_done), default=0)
     edges = max(map(int, re.findall(r"cov: (\d+)", log)), default=0)
     crashed = status != 0
-    print(f"{name}: {executions} executions, {seconds} s, {edges} edges, {int(crashed)} crashes", flush=True)
+    seconds_of_core = used.ru_utime + used.ru_stime
+    done = f"{executions} executions, {seconds_of_core:.0f} s of a core, {edges} edges, {int(crashed)} crashes"
+    print(f"{name}: {done}", flush=True)
     if crashed:
         print(log[-4000:])
     if not kept:

@@ -94,7 +94,8 @@ def resume_points(workdir: Path, stage: str) -> list[int]:
 
 
 def assert_close(one: Path, other: Path) -> None:
-    """Metrics, parameters and DPO's answers to 1e-5."""
+    """Metrics, parameters and DPO's answers to 1e-5. Prints what they differ by."""
+    apart = {"metrics": 0.0, "parameters": 0.0}
     for stage in STAGES:
         for row, same in zip(metrics(one, stage), metrics(other, stage), strict=True):
             assert row.keys() == same.keys()
@@ -102,16 +103,20 @@ def assert_close(one: Path, other: Path) -> None:
                 if key.endswith("accuracy") and row["step"] in (0, 1):
                     continue  # all margins are zero there, up to rounding
                 assert same[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (stage, row["step"], key)
+                apart["metrics"] = max(apart["metrics"], abs(same[key] - value) / max(1, abs(value)))
         for step in snapshots.kept(one / stage / "snapshots"):
             a, b = (all_params(workdir / stage / "snapshots" / str(step)) for workdir in (one, other))
             for name in a:
                 values = (a[name].view(np.float32), b[name].view(np.float32))
                 np.testing.assert_allclose(*values, rtol=0, atol=1e-5, err_msg=f"{stage} {step} {name}")
+                apart["parameters"] = max(apart["parameters"], float(np.abs(np.subtract(*values)).max()))
     keys = ["step", "probe_id", "stance", "answer"]
     first, second = (pd.read_parquet(workdir / "probes" / "dpo.parquet") for workdir in (one, other))
     first, second = (table[table["readout"] == "statement"].sort_values(keys) for table in (first, second))
     assert first[keys].to_numpy().tolist() == second[keys].to_numpy().tolist() and len(first) > 0
     np.testing.assert_allclose(first["log_prob"], second["log_prob"], rtol=1e-5, atol=1e-5)
+    apart["log-probs of answers"] = float(np.abs(first["log_prob"].to_numpy() - second["log_prob"].to_numpy()).max())
+    print(*(f"{name} differ by at most {value:.1e}" for name, value in apart.items()), sep="; ")
 
 
 @pytest.fixture(scope="module")

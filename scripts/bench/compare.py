@@ -247,6 +247,18 @@ def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], 
     for line in LINES:
         ours, theirs = figures(work, line.ours, line.figure), figures(work, line.peer, line.peer_figure)
         if not ours or not theirs:
+            lines.append(
+                {
+                    "work": line.work,
+                    "peer": line.peer,
+                    "unit": line.unit,
+                    "vdjax": shown(ours) if ours else "not run",
+                    "peer's": shown(theirs) if theirs else "not run",
+                    "ratio": "",
+                    "goal": f"{line.goal:g}",
+                    "goal needs": "",
+                }
+            )
             continue
         better = [a / b if line.figure[0] != "-" else b / a for a, b in zip(ours, theirs, strict=False)]
         middle, uses = statistics.median(better), 0.0

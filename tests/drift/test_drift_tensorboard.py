@@ -64,6 +64,19 @@ def test_a_run_that_goes_on_leaves_no_event_twice(tmp_path):
     assert events(tmp_path, "loss") == [(s, 1.0) for s in range(6)] + [(s, 2.0) for s in range(6, 9)]
 
 
+def test_a_clock_that_was_put_back_hides_nothing(tmp_path, monkeypatch):
+    for now, step, value in ((2 * 10**18, 1, 0.5), (10**18, 2, 0.25)):
+        monkeypatch.setattr(tensorboard.time, "time_ns", lambda now=now: now)
+        writer = tensorboard.open_writer(tmp_path, start_step=step)
+        tensorboard.scalars(writer, step, {"loss": value})
+        writer.close()
+    names = sorted(file.name for file in tmp_path.iterdir())
+    monkeypatch.undo()
+    assert [int(name.split(".")[3]) for name in names] == [2 * 10**18, 2 * 10**18 + 1]
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in read.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+
+
 def test_drift_events_are_replaced_and_carry_training_steps(tmp_path, png):
     analysis = analyse(make_scores({("sft", "beta"): 0.2}), STAGES, resamples=99, permutations=99)
     for _ in range(2):

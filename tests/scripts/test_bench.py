@@ -23,9 +23,12 @@ def test_a_ratio_is_above_1_where_vdjax_is_better_and_taken_round_by_round(tmp_p
     table, ratios = compare.comparisons(tmp_path)
     found = {name: values for name, values, _ in ratios}
     assert found == {"DPO, reference included: dpo-trl": [3.0, 4.0], "DPO, peak memory: dpo-trl": [4.0, 2.0]}
-    assert list(table["vdjax"]) == ["5 [4, 6]", "1500 [1000, 2000]"]
-    assert list(table["ratio"]) == ["3.50 [3.00, 4.00]", "3.00 [2.00, 4.00]"]
-    assert list(table["goal needs"]) == ["30%", ""]  # 0.35 gives a ratio of 3.5, the goal is 3
+    assert len(table) == len(compare.LINES)  # what was not run is said
+    assert set(table.loc[table["ratio"] == "", "peer's"]) == {"not run"}
+    ran = table[table["ratio"] != ""]
+    assert list(ran["vdjax"]) == ["5 [4, 6]", "1500 [1000, 2000]"]
+    assert list(ran["ratio"]) == ["3.50 [3.00, 4.00]", "3.00 [2.00, 4.00]"]
+    assert list(ran["goal needs"]) == ["30%", ""]  # 0.35 gives a ratio of 3.5, the goal is 3
 
 
 def test_every_comparison_is_of_programs_that_are_run() -> None:

@@ -41,7 +41,7 @@ class Writer(NamedTuple):
 
 def open_writer(directory: Path, start_step: int = 0) -> Writer:
     """A new event file in `directory`; what the directory's older files hold from `start_step` on is void."""
-    return _open(Growing(directory / _file_name()), start_step)
+    return _open(Growing(directory / _file_name(directory)), start_step)
 
 
 def scalars(writer: Writer, step: int, values: Mapping[str, float]) -> None:
@@ -69,7 +69,7 @@ def write_drift(
     `stances` and `drift` are those of `statistics.Analysis`; `last_steps` holds each stage's last training step.
     """
     old = list(directory.glob("*tfevents*"))
-    final = directory / _file_name()
+    final = directory / _file_name(directory)
     content = io.BytesIO()
     writer = _open(content, 0)
     groups = stances.dropna(subset="value").groupby(["readout", "stage", "topic", "stance"], sort=False)
@@ -88,9 +88,12 @@ def write_drift(
         path.unlink(missing_ok=True)
 
 
-def _file_name() -> str:
-    # Readers take a directory's files in the order of their names, so names sort by time.
-    return f"events.out.tfevents.{time.time_ns():020d}.{os.getpid()}"
+def _file_name(directory: Path) -> str:
+    # Readers take a directory's files in the order of their names, so a new name sorts last, even where the clock was
+    # put back.
+    stamps = [file.name.split(".")[3] for file in directory.glob("events.out.tfevents.*")]
+    stamp = max([time.time_ns(), *(int(text) + 1 for text in stamps if text.isdecimal())])
+    return f"events.out.tfevents.{stamp:020d}.{os.getpid()}"
 
 
 def _open(file: Growing | io.BytesIO, start_step: int) -> Writer:
