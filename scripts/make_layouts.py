@@ -43,6 +43,8 @@ LAYOUTS: list[dict[str, int]] = [
     {"data": 2, "context": 4},
     {"fsdp": 4, "context": 2},
     {"fsdp": 2, "context": 2, "tensor": 2},
+    {"data": 2, "fsdp": 2, "context": 2},
+    {"data": 2, "context": 2, "tensor": 2},
 ]
 
 

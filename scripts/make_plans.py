@@ -1,4 +1,4 @@
-"""Writes docs/plans.md: what the paper's models need on TPU slices. Takes an hour or two on two cores.
+"""Writes docs/plans.md: what the paper's models need on TPU slices. Takes two hours on two cores.
 
     JAX_PLATFORMS=cpu python scripts/make_plans.py --out docs/plans.md [--only llama3.1-8b,sft]
 
