@@ -1,9 +1,10 @@
 """Feeds mutated files to what reads files of others, guided by coverage: python scripts/fuzz.py TARGET ... --seconds N
 
 Each TARGET is one of TARGETS, or "all". Nothing but UserError may come out, with a message of one screen. Prints a line
-for each target: executions, seconds, edges of vdjax that were reached, crashes; for a crash also the traceback and the
-file to repeat it with (python scripts/fuzz.py TARGET --repeat FILE). Exits with 1 after a crash. --corpus DIR keeps
-what reached new edges, so that the next run goes on from there. Needs atheris: pip install 'vdjax[fuzz]'.
+for each target: executions, seconds of a core, edges of vdjax that were reached, crashes; for a crash also the
+traceback and the file to repeat it with (python scripts/fuzz.py TARGET --repeat FILE). Exits with 1 after a crash.
+--corpus DIR keeps what reached new edges, so that the next run goes on from there. Needs atheris: pip install
+'vdjax[fuzz]'.
 """
 
 import argparse

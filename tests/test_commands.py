@@ -1,11 +1,13 @@
 """The other commands, on the workdir of the tiny experiment: dry run, inspect, export, probe, and their errors."""
 
+import errno
 import json
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,7 +20,21 @@ import tiny
 from flax import nnx
 from ml_collections import ConfigDict
 
-from vdjax import cli, experiment, export, inspect, main, measure, models, probe, runs, runtime, sharding, snapshots
+from vdjax import (
+    cli,
+    cluster,
+    experiment,
+    export,
+    inspect,
+    main,
+    measure,
+    models,
+    probe,
+    runs,
+    runtime,
+    sharding,
+    snapshots,
+)
 from vdjax import config as configs
 from vdjax.errors import UserError
 from vdjax.judges import local
@@ -225,8 +241,31 @@ def test_two_processes_do_not_work_in_one_workdir(
 ) -> None:
     with runs.held(tmp_path / "run"):
         assert run(main, monkeypatch, "--config", tiny.config_spec(tiny_data), "--workdir", str(tmp_path / "run")) == 2
-    assert f"{tmp_path / 'run'}: another process is at work there" in capsys.readouterr().err
+        assert f"{tmp_path / 'run'}: another process is at work there" in capsys.readouterr().err
+        assert run(probe, monkeypatch, "--models", "x", "--workdir", str(tmp_path / "run")) == 2
+        assert f"{tmp_path / 'run'}: another process is at work there" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (UserError("FILE: what is wrong"), 2, "error: FILE: what is wrong"),
+        (cluster.NotThere("waited for process 1"), 76, "error: waited for process 1"),
+        (KeyboardInterrupt(), 75, "stopped by a signal"),
+        (PermissionError(errno.EACCES, "x", "/a/run"), 2, "error: /a/run: Permission denied; expected files that"),
+        (OSError(errno.EROFS, "x", "/a/run"), 2, "error: /a/run: cannot be written: Read-only file system. What was"),
+    ],
+)
+def test_how_a_command_ends(
+    error: BaseException, status: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def end() -> None:
+        raise error
+
+    monkeypatch.setattr(cli.os, "_exit", sys.exit)  # what a disk that cannot be written leads to
+    assert run(SimpleNamespace(main=end), monkeypatch) == status
+    assert capsys.readouterr().err.startswith(says)
 
 
 def test_missing_files_and_flags(tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

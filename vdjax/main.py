@@ -35,9 +35,7 @@ def main() -> int:
         if config.seeds:
             study.run_seeds(config, flags.workdir, command)
         else:
-            with runs.held(flags.workdir) as mine:
-                if not mine:
-                    raise UserError(f"{flags.workdir}: another process is at work there; wait for it, or stop it")
+            with runs.alone(flags.workdir):
                 experiment.run(config, flags.workdir, command)
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"{stop or 'interrupted'}\nto go on: {command}", file=sys.stderr)

@@ -163,16 +163,12 @@ def of_program(name: str, plan: Plan, work: Work) -> Iterator[str]:
     parts = ", ".join(f"{part} {size:.2f}" for part, size in plan.parts.items() if size >= 0.005)
     yield f"{name}: {plan.hbm_gib:.2f} of {work.chip.hbm_gib} GiB a chip, {shown}; compiled in {plan.compile_s:.1f} s"
     yield f"  GiB: {parts}"
-    kept = [(size, what) for size, what in plan.largest if size >= 0.005]
+    why = "kept for the backward pass" if name == "train_step" else "kept from the turns of a loop"
+    yield from (f"  {why}: {size:.2f} GiB {what}" for size, what in plan.largest if size >= 0.005)
     if not plan.fits:
         yield f"  {plan.message}" if plan.message else "  the compiler took it, but it needs more than the chip has"
-        if verdict == "not compiled":
-            yield "  try LIBTPU_INIT_ARGS with the flags of tpu/xla_flags.txt for this chip, as the launcher does"
-            return
-    why = "kept for the backward pass" if name == "train_step" else "kept from the turns of a loop"
-    yield from (f"  {why}: {size:.2f} GiB {what}" for size, what in kept)
-    if not plan.fits:
-        yield from (f"  try {advice}" for advice in advices(name, work))
+        flags = ["LIBTPU_INIT_ARGS with the flags of tpu/xla_flags.txt for this chip, as the launcher does"]
+        yield from (f"  try {advice}" for advice in (flags if verdict == "not compiled" else advices(name, work)))
         return
     for each in plan.collectives:
         where = " and ".join(each.over) or "no axis"

@@ -51,9 +51,7 @@ def main() -> None:
 
     from vdjax import runs
 
-    with runs.held(flags.workdir) as mine:
-        if not mine:
-            raise UserError(f"{flags.workdir}: another process is at work there; wait for it, or stop it")
+    with runs.alone(flags.workdir):
         probe(config, flags)
 
 

@@ -188,6 +188,15 @@ def held(folder: Path) -> Iterator[bool]:
             os.close(file)
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """`held`, or a UserError."""
+    with held(folder) as mine:
+        if not mine:
+            raise UserError(f"{folder}: another process is at work there; wait for it, or stop it")
+        yield
+
+
 def claim(config: ConfigDict, workdir: Path, command: str) -> None:
     """Writes WORKDIR/config.json, or checks that the experiment there is this one.
 

@@ -235,47 +235,30 @@ def shown(values: list[float]) -> str:
     return f"{middle} [{one(min(values))}, {one(max(values))}]" if len(values) > 1 else middle
 
 
-def cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if np.isnan(value) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-    return str(value)
-
-
 def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], float]]]:
     """The table, and of each line its name, the ratio of each round, and the goal."""
     lines, ratios = [], []
     for line in LINES:
         ours, theirs = figures(work, line.ours, line.figure), figures(work, line.peer, line.peer_figure)
+        row = {
+            "work": line.work,
+            "peer": line.peer,
+            "unit": line.unit,
+            "vdjax": shown(ours) if ours else "not run",
+            "peer's": shown(theirs) if theirs else "not run",
+            "ratio": "",
+            "goal": f"{line.goal:g}",
+            "goal needs": "",
+        }
+        lines.append(row)
         if not ours or not theirs:
-            lines.append(
-                {
-                    "work": line.work,
-                    "peer": line.peer,
-                    "unit": line.unit,
-                    "vdjax": shown(ours) if ours else "not run",
-                    "peer's": shown(theirs) if theirs else "not run",
-                    "ratio": "",
-                    "goal": f"{line.goal:g}",
-                    "goal needs": "",
-                }
-            )
             continue
         better = [a / b if line.figure[0] != "-" else b / a for a, b in zip(ours, theirs, strict=False)]
-        middle, uses = statistics.median(better), 0.0
+        middle = statistics.median(better)
+        row["ratio"] = f"{middle:.2f}" + (f" [{min(better):.2f}, {max(better):.2f}]" if len(better) > 1 else "")
+        row["goal"] += "" if middle >= line.goal else " (missed)"
         if line.ours in TRAINS and line.figure[0] != "-":
-            uses = statistics.median(figures(work, line.ours, "utilisation")) * line.goal / middle
-        lines.append(
-            {
-                "work": line.work,
-                "peer": line.peer,
-                "unit": line.unit,
-                "vdjax": shown(ours),
-                "peer's": shown(theirs),
-                "ratio": f"{middle:.2f}" + (f" [{min(better):.2f}, {max(better):.2f}]" if len(better) > 1 else ""),
-                "goal": f"{line.goal:g}" + ("" if middle >= line.goal else " (missed)"),
-                "goal needs": f"{uses:.0%}" if uses else "",
-            }
-        )
+            row["goal needs"] = f"{statistics.median(figures(work, line.ours, 'utilisation')) * line.goal / middle:.0%}"
         ratios.append((f"{line.work}: {line.peer}", better, line.goal))
     return pd.DataFrame(lines), ratios
 
@@ -309,10 +292,7 @@ def draw(ratios: list[tuple[str, list[float], float]], file: Path) -> None:
 
 def growth(work: Path) -> pd.DataFrame:
     """Seconds and MB by size, of the last run, and the exponents with which they grew since the size before."""
-    kept = work / "growth.jsonl"
-    if not kept.exists():
-        return pd.DataFrame(columns=["what", "size", "s", "MB", "growth of s", "growth of MB"])
-    found = pd.DataFrame(json.loads(kept.read_text().splitlines()[-1])["points"])
+    found = pd.DataFrame(json.loads((work / "growth.jsonl").read_text().splitlines()[-1])["points"])
     before = found.groupby("what", sort=False).shift()
     for name in ("s", "MB"):
         found[f"growth of {name}"] = np.log(found[name] / before[name]) / np.log(found["size"] / before["size"])
@@ -338,11 +318,12 @@ def write(work: Path, out: Path) -> None:
     figures_of = out.parent / "figures"
     draw(ratios, figures_of / "benchmarks.png")
     grown = growth(work)
-    if len(grown):
-        draw_growth(grown, figures_of / "growth.png")
+    draw_growth(grown, figures_of / "growth.png")
     rounds = max(len(figures(work, line.ours, line.figure)) for line in LINES)
     page = (HERE / "benchmarks.md.in").read_text()
-    tables = {"comparisons": table, "profiles": profiles(work), "growth": grown.map(cell)}
+    numbers = [name for name in grown if name not in ("what", "size")]
+    written = grown.assign(**{name: [shown([x]) if x == x else "" for x in grown[name]] for name in numbers})
+    tables = {"comparisons": table, "profiles": profiles(work), "growth": written}
     parts = {name: to_markdown(table) for name, table in tables.items()} | {"rounds": rounds}
     out.write_text(page.format(**parts))
 

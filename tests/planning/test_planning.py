@@ -247,6 +247,10 @@ def test_memory_of_the_chip_itself_that_runs_out_says_nothing_of_hbm() -> None:
     """The message is that of Qwen3-4B DPO on v6e-64 (docs/plans.json)."""
     vmem = "E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem while allocating on stack"
     hbm = "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (38.65G)"
+    work: Any = SimpleNamespace(chip=chips.CHIPS["v6e"])
+    plan_of_it = Plan(False, 1.2, {}, {}, [], [], 1.0, 1.0, 0.0, 8, 1.0, vmem)
+    first, *_, last = plan.of_program("train_step", plan_of_it, work)
+    assert "NOT COMPILED" in first and "try LIBTPU_INIT_ARGS with the flags of tpu/xla_flags.txt" in last
     assert programs.verdict(True, "") == "fits"
     assert programs.verdict(False, vmem) == "not compiled"
     assert programs.verdict(False, hbm) == programs.verdict(False, "") == "does not fit"
