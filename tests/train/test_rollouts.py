@@ -175,9 +175,12 @@ def test_the_reward_model_learns_and_ppo_uses_it(finished: Path) -> None:
 def test_other_ways_of_ppo(overrides: tuple[str, ...], finished: Path, tiny_data: Path, tmp_path: Path) -> None:
     """From the same reward model; the last batch of an epoch has fewer prompts than minibatches."""
     workdir = tmp_path / "run"
-    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("ppo", "config.json", "tb"))
     flags = [f"--config.ppo.{override}" for override in (*overrides, "batch_size=4")]
-    run(config_of(tiny_data, "ppo", *flags), workdir)
+    config = config_of(tiny_data, "ppo", *flags)
+    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("ppo", "tb"))
+    was = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(was | {"config": json.loads(configs.to_json(config))}))
+    run(config, workdir)
     rows = [row for row in metrics(workdir, "ppo") if "loss" in row]
     assert rows[0]["kl"] == 0 and rows[0]["value_loss"] > 0 and all(0.5 < row["ratio"] < 2 for row in rows)
     assert rows[-1]["kl"] != 0
