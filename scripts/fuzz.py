@@ -9,6 +9,8 @@ traceback and the file to repeat it with (python scripts/fuzz.py TARGET --repeat
 
 import argparse
 import contextlib
+import gzip
+import hashlib
 import io
 import json
 import os
@@ -37,7 +39,7 @@ if __name__ == "__main__":
 
     coverage = atheris.instrument_imports(include=["vdjax", "tomllib"])
 with coverage:
-    from vdjax import chat_api, files, judge, runs, sample
+    from vdjax import chat_api, files, judge, runs, sample, snapshots
     from vdjax import config as configs
     from vdjax.data import chat, pipeline, sources, stances, tokenizer
     from vdjax.data.examples import Counts
@@ -168,7 +170,8 @@ def tokenizer_files() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         BYTES.save_pretrained(folder)
         found = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
-    return found | {"generation_config.json": b'{"eos_token_id": [257, 259]}'}
+    special = json.dumps(BYTES.special_tokens_map).encode()
+    return found | {"generation_config.json": b'{"eos_token_id": [257, 259]}', "special_tokens_map.json": special}
 
 
 TOKENIZER = tokenizer_files()
@@ -217,14 +220,34 @@ def flag(data: bytes, folder: Path) -> None:
     configs.check(config, "mine.py")
 
 
+def replies_bytes() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "replies.sqlite"
+        with chat_api._open(file) as db:
+            db.execute("INSERT INTO replies VALUES ('a', ?)", (json.dumps(["A", "stop", None, 3, 1]),))
+            db.execute("INSERT INTO calls VALUES (1, 'm at http://h/v1', 0.5)")
+        return file.read_bytes()
+
+
+def replies(file: Path) -> None:
+    chat_api.spent(ENDPOINT, file)
+    with chat_api._open(file) as db:
+        chat_api._known(db, ["a", "b"])
+
+
+def about_snapshot(file: Path) -> None:
+    (file.parent / "_METADATA").touch()
+    snapshots._changed(snapshots.open_reader(file.parent).checksums, {"norm": 5})
+
+
 def kept_data(name: str) -> Callable[[bytes, Path], Any]:
     """A part of a rendered data set that was kept."""
 
     def read(data: bytes, folder: Path) -> None:
         for part in ("tokens", "loss_mask", "branches", "offsets", "labels", "questions"):
-            (folder / f"{part}.npy").write_bytes(npy_bytes())
+            files.write_array(folder / f"{part}.npy", np.arange(6, dtype=np.int32))
         (folder / "meta.json").write_bytes(text({"ids": [], "prompts": [], "counts": {}, "key": "a"}))
-        (folder / name).write_bytes(data)
+        (folder / name).write_bytes(data if name == "meta.json" else data + hashlib.sha256(data).digest())
         pipeline._read(folder)
 
     return read
@@ -240,6 +263,7 @@ TARGETS = {
     "rows_json": Target(
         tuple(b"[" + row.strip().replace(b"\n", b",") + b"]" for row in ROWS), in_file("r.json", rows), True
     ),
+    "rows_gz": Target(tuple(map(gzip.compress, ROWS)), in_file("rows.jsonl.gz", rows)),
     "rows_text": Target((b"one\n\ntwo\n",), in_file("rows.txt", rows)),
     "rows_parquet": Target((parquet_bytes([{"messages": TALK}, {"messages": None}]),), in_file("r.parquet", rows)),
     "stance_rows": Target(
@@ -266,6 +290,7 @@ TARGETS = {
     "tokenizer_json": tokenizer_part("tokenizer.json"),
     "tokenizer_config": tokenizer_part("tokenizer_config.json"),
     "generation_config": tokenizer_part("generation_config.json"),
+    "special_tokens_map": tokenizer_part("special_tokens_map.json"),
     "chat_template": Target(
         (BYTES.chat_template.encode(), b"{% for m in messages %}{{ m.role }}: {{ m['content'] }}\n{% endfor %}"),
         in_file("mine.jinja", lambda file: chat.pick_template(BYTES, str(file))),
@@ -298,6 +323,10 @@ TARGETS = {
     ),
     "kept_meta": Target((text({"ids": [], "prompts": [], "counts": {}, "key": "a"}),), kept_data("meta.json"), True),
     "kept_array": Target((npy_bytes(),), kept_data("tokens.npy")),
+    "kept_replies": Target((replies_bytes(),), in_file("replies.sqlite", replies)),
+    "kept_about": Target(
+        (text({"custom_metadata": {"checksums": {"norm": 5}}}),), in_file(snapshots.ABOUT, about_snapshot), True
+    ),
     "kept_log": Target((text({"step": 1, "loss": 2.0}),), in_file("metrics.jsonl", files.kept_lines), True),
     "kept_csv": Target((b"stage,step,value\nsft,1,0.5\n",), in_file("drift.csv", files.read_table)),
     "kept_parquet": Target((parquet_bytes([{"stage": "sft", "value": 0.5}]),), in_file("s.parquet", files.read_table)),

@@ -3,9 +3,9 @@
     python scripts/torture.py --config configs/smoke.py --workdir runs/torture --kills 50
 
 Moments take turns: any time, a step under way, a save, the end of a stage, probes being asked, the report being made;
-each a random part of a second after the first sign of it. A run that reaches its end is compared, bit for bit, and
-another is begun, until there were enough kills and the last run has ended. What happened is in WORKDIR/log.jsonl. Exit
-status 1 where something differs or a command fails.
+each a random time after the first sign of it. A run that reaches its end is compared, bit for bit, and another is
+begun, until there were enough kills and the last run has ended. What happened is in WORKDIR/log.jsonl, with what was
+left half written. Exit status 1 where something differs or a command fails.
 """
 
 import argparse
@@ -18,24 +18,27 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import pyarrow.parquet as pq
 
 from vdjax import runs, snapshots
 
 SPEEDS = ("tokens_per_s", "examples_per_s", "mfu", "seconds")
-WITHIN_S = 0.5  # of its sign, a kill comes
-# What a moment is known by: a line of the output, or files in the workdir newer than the process.
-MOMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "any time": ("", ()),
-    "a step": (r" \d+/\d+  loss ", ()),
-    "a save": ("", ("*/snapshots/*tmp*", "*/resume/*tmp*")),
-    "the end of a stage": ("", ("*/done.json",)),
-    "probing": (r"\d+ probes, \d+ prompts", ()),
-    "the report": ("", ("drift/*", "figures/*")),
+PARTS = ("*/snapshots/*tmp*", "*/resume/*tmp*")  # what is being saved
+# What a moment is known by, a line of the output or files in the workdir newer than the process, and the seconds after
+# such a sign in which the kill comes.
+MOMENTS: dict[str, tuple[str, tuple[str, ...], float]] = {
+    "any time": ("", (), 0.0),
+    "a step": (r" \d+/\d+  loss ", (), 0.5),
+    "a save": ("", PARTS, 0.02),
+    "the end of a stage": ("", ("*/done.json",), 0.5),
+    "probing": (r"\d+ probes, \d+ prompts", (), 0.5),
+    "the report": ("", ("drift/*", "figures/*"), 0.5),
 }
 
 
@@ -48,18 +51,19 @@ def launch(arguments: list[str], workdir: Path) -> tuple[subprocess.Popen, list[
     return process, said
 
 
+def written(patterns: Sequence[str], workdir: Path, since: float) -> list[str]:
+    """What is there and newer than `since`."""
+    out = []
+    for file in (file for pattern in patterns for file in workdir.glob(pattern)):
+        with suppress(FileNotFoundError):
+            if file.stat().st_mtime > since:
+                out.append(str(file.relative_to(workdir)))
+    return out
+
+
 def has_come(moment: str, workdir: Path, said: list[str], since: float) -> bool:
-    line, patterns = MOMENTS[moment]
-    if line and any(re.search(line, text) for text in list(said)):
-        return True
-    for pattern in patterns:
-        for file in workdir.glob(pattern):
-            try:
-                if file.stat().st_mtime > since:
-                    return True
-            except FileNotFoundError:
-                continue
-    return False
+    line, patterns, _ = MOMENTS[moment]
+    return bool(line and any(re.search(line, text) for text in list(said))) or bool(written(patterns, workdir, since))
 
 
 def kill_in(moment: str, arguments: list[str], workdir: Path, longest: float, rng: random.Random) -> dict[str, Any]:
@@ -69,8 +73,8 @@ def kill_in(moment: str, arguments: list[str], workdir: Path, longest: float, rn
     until = begun + rng.uniform(0, longest) if moment == "any time" else float("inf")
     while process.poll() is None and time.perf_counter() < until:
         if until == float("inf") and has_come(moment, workdir, said, since):
-            until = time.perf_counter() + rng.uniform(0, WITHIN_S)
-        time.sleep(0.002)
+            until = time.perf_counter() + rng.uniform(0, MOMENTS[moment][2])
+        time.sleep(0.001)
     killed = process.poll() is None
     process.send_signal(signal.SIGKILL)
     status = process.wait()
@@ -80,6 +84,7 @@ def kill_in(moment: str, arguments: list[str], workdir: Path, longest: float, rn
         "moment": moment,
         "seconds": round(time.perf_counter() - begun, 2),
         "status": None if killed else status,
+        "half_written": written(PARTS, workdir, since),
         "said": [text.rstrip() for text in said][-3 if killed or not status else -30 :],
     }
 
@@ -89,29 +94,34 @@ def metrics(file: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in SPEEDS} for row in rows]
 
 
+COMPARED: dict[str, Callable[[Path], Any]] = {
+    "*/metrics.jsonl": metrics,
+    "probes/*.parquet": pq.read_table,
+    "responses/*.parquet": pq.read_table,
+    "judgements/*/*.parquet": pq.read_table,
+    "drift/*.csv": Path.read_bytes,
+}
+
+
 def differences(one: Path, other: Path) -> list[str]:
     """Everything in which two finished workdirs differ; also what is in one alone."""
     import jax
 
     out = []
-    for folder in sorted(one.glob("*/snapshots")):
-        stage = folder.parent.name
-        steps = snapshots.kept(folder)
-        if steps != snapshots.kept(other / stage / "snapshots"):
-            out.append(f"{stage}: snapshots {steps} and {snapshots.kept(other / stage / 'snapshots')}")
+    for stage in sorted({folder.parent.name for workdir in (one, other) for folder in workdir.glob("*/snapshots")}):
+        kept = [snapshots.kept(workdir / stage / "snapshots") for workdir in (one, other)]
+        if kept[0] != kept[1]:
+            out.append(f"{stage}: snapshots {kept[0]} and {kept[1]}")
             continue
-        for step in steps:
+        for step in kept[0]:
             trees = [runs.open_snapshot(workdir / stage / "snapshots" / str(step)).params for workdir in (one, other)]
             same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), *trees)
             out += [f"{stage} step {step}: parameters"] * (not all(jax.tree.leaves(same)))
-        if metrics(one / stage / "metrics.jsonl") != metrics(other / stage / "metrics.jsonl"):
-            out.append(f"{stage}: metrics")
-    for file in sorted(one.glob("probes/*.parquet")):
-        if not pd.read_parquet(file).equals(pd.read_parquet(other / "probes" / file.name)):
-            out.append(f"probes/{file.name}")
-    out += [
-        f"drift/{f.name}" for f in one.glob("drift/*.csv") if f.read_bytes() != (other / "drift" / f.name).read_bytes()
-    ]
+    for pattern, read in COMPARED.items():
+        for name in sorted({str(f.relative_to(workdir)) for workdir in (one, other) for f in workdir.glob(pattern)}):
+            files = (one / name, other / name)
+            if not all(file.exists() for file in files) or read(files[0]) != read(files[1]):
+                out.append(name)
     return out
 
 
@@ -137,7 +147,7 @@ def main() -> int:
     whole = flags.workdir / "whole"
     longest = end(whole)
     kills: Counter[str] = Counter()
-    finished, failed = 0, 0
+    finished, failed, saving = 0, 0, 0
     with open(flags.workdir / "log.jsonl", "w", encoding="utf-8") as log:
 
         def note(**event: Any) -> None:
@@ -156,6 +166,7 @@ def main() -> int:
             event = kill_in(moments[kills.total() % len(moments)], arguments, workdir, longest, rng)
             if event["status"] is None:
                 kills[event["moment"]] += 1
+                saving += bool(event["half_written"])
                 note(kill=kills.total(), **event)
             elif event["status"] == 0:
                 finished, failed = finished + 1, failed + compare(workdir)
@@ -165,7 +176,8 @@ def main() -> int:
         if not failed and (flags.workdir / f"run-{finished}").exists():
             end(flags.workdir / f"run-{finished}")
             finished, failed = finished + 1, compare(flags.workdir / f"run-{finished}")
-    print(f"{kills.total()} kills ({dict(kills)}), {finished} runs finished, {failed} differences or failures")
+    print(f"{kills.total()} kills ({dict(kills)}), of which {saving} left a save half written")
+    print(f"{finished} runs finished, {failed} differences or failures")
     return int(failed > 0)
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fake_gcs
 import hypothesis
 import jax
 import pytest
@@ -23,6 +24,7 @@ import tiny
 
 from vdjax import config as configs
 from vdjax import experiment
+from vdjax.files import as_path
 from vdjax.models.functional import Model
 from vdjax.train import loop
 
@@ -85,3 +87,15 @@ def finished(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, compiles
         patch.setattr(loop, "peak_flops", lambda: 1e9)  # measuring it takes seconds
         experiment.run(configs.load(tiny.config_spec(tiny_data)), workdir, "COMMAND")
     return workdir, names
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """gs://bucket, which stands on this machine, for the processes that tests start too."""
+    server = fake_gcs.serve()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in fake_gcs.environment(f"http://127.0.0.1:{server.server_address[1]}").items():
+            patch.setenv(name, value)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield as_path("gs://bucket")
+    server.shutdown()

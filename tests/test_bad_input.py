@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import safetensors.numpy
+import tiny
 from bad_input import (
     BYTES,
     CHATML,
@@ -199,6 +200,8 @@ BAD = [
     Bad("kept data cut short", data(talk("a", "b")),
         again(lambda kept: (kept / "tokens.npy").write_bytes(b"\x93NUMPY")),
         ("tokens.npy: cannot be read back", "remove")),
+    Bad("kept data with a flipped bit", data(talk("a", "b")), again(lambda kept: tiny.flip(kept / "tokens.npy", -40)),
+        ("tokens.npy: cannot be read back: it is not what was written", "remove")),
     Bad("kept data with Python objects", data(talk("a", "b")),
         again(lambda kept: np.save(kept / "questions.npy", np.array([{}], object))),
         ("questions.npy: cannot be read back", "remove")),

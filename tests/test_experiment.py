@@ -138,6 +138,12 @@ def test_what_is_lost_is_named_and_nothing_begins_anew(
         experiment.run(configs.load(tiny.config_spec(tiny_data)), tmp_path / "run", "COMMAND")
 
 
+def test_a_log_that_is_lost_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="metrics.jsonl: is not there, though training goes on from step 4; put back"):
+        loop.MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tb", "dpo", step=4, total=6, log_every=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_training_moves_and_its_log_is_complete(finished: tuple[Path, list[str]]) -> None:
     workdir = finished[0]
     first, last = (all_params(workdir / "dpo" / "snapshots" / str(step)) for step in (0, 6))

@@ -22,7 +22,7 @@ from jax._src.clusters import cloud_tpu_cluster
 from jax._src.clusters import cluster as jax_cluster
 from test_experiment import STAGES, all_params, metrics
 
-from vdjax import cluster, runtime, snapshots
+from vdjax import cluster, files, runtime, snapshots
 from vdjax.cluster import Place
 from vdjax.errors import UserError
 
@@ -42,21 +42,28 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_all(commands: Sequence[Sequence[str]], folder: Path, **environment: str) -> list[Ended]:
-    """Runs processes side by side to their ends; when one is stopped (SIGSTOP) and the others have ended, kills it."""
+def run_all(
+    commands: Sequence[Sequence[str]], folder: Path, *, within: Sequence[Path] = (), **environment: str
+) -> list[Ended]:
+    """Runs processes side by side to their ends; when one is stopped (SIGSTOP) and the others have ended, kills it.
+
+    Args:
+      within: the working directory of each.
+    """
     env = tiny.environment() | {"JAX_PLATFORMS": "cpu"} | environment
-    files = [folder / f"{time.time_ns()}-{i}.txt" for i in range(len(commands))]
+    logs = [folder / f"{time.time_ns()}-{i}.txt" for i in range(len(commands))]
     running: dict[int, subprocess.Popen] = {}
     ended: dict[int, Ended] = {}
     try:
         for i, command in enumerate(commands):
-            with open(files[i], "w") as out:
-                running[i] = subprocess.Popen([sys.executable, *command], env=env, stdout=out, stderr=out)
+            with open(logs[i], "w") as out:
+                cwd = within[i] if within else None
+                running[i] = subprocess.Popen([sys.executable, *command], env=env, cwd=cwd, stdout=out, stderr=out)
         until = time.monotonic() + LIMIT_S
         while running and time.monotonic() < until:
             for i, process in list(running.items()):
                 if process.poll() is not None:
-                    ended[i] = Ended(process.returncode, files[i].read_text(), time.monotonic())
+                    ended[i] = Ended(process.returncode, logs[i].read_text(), time.monotonic())
                     del running[i]
             if running and all(is_stopped(process.pid) for process in running.values()):
                 break
@@ -64,7 +71,7 @@ def run_all(commands: Sequence[Sequence[str]], folder: Path, **environment: str)
     finally:
         for i, process in running.items():
             process.kill()
-            ended[i] = Ended(process.wait(), files[i].read_text(), time.monotonic())
+            ended[i] = Ended(process.wait(), logs[i].read_text(), time.monotonic())
     return [ended[i] for i in range(len(commands))]
 
 
@@ -253,6 +260,47 @@ def test_another_config_on_one_process_is_named(plain: list[str], tmp_path: Path
         assert "the processes differ in the config" in one.text
         assert f"config.seed: 1 on process 1 of 2 ({host}); 0 on process 0 of 2 ({host})" in one.text
     assert not (tmp_path / "run").exists()
+
+
+@tiny.SLOW
+def test_other_code_and_other_data_on_one_process_are_named(tiny_data: Path, tmp_path: Path) -> None:
+    """Each has a package and a file of data of its own, at the same place below the directory that it works in."""
+    homes = [tmp_path / name for name in ("zero", "one")]
+    for home in homes:
+        shutil.copytree(Path(runtime.__file__).parent, home / "vdjax")
+        shutil.copytree(tiny_data, home / "data")
+        os.utime(home / "data" / "sft.jsonl", (1, homes.index(home)))  # which makes no difference
+    run = ["-m", "vdjax.main", "--config", f"{tiny.HERE / 'tiny_hosts_config.py'}:data", "--workdir"]
+    version, rows = homes[1] / "vdjax" / "__init__.py", homes[1] / "data" / "preferences.jsonl"
+    for file, differ, both in (
+        (version, "the code", "files of vdjax: "),
+        (rows, "what the data of data/preferences.jsonl depend on", "files: "),
+    ):
+        was = file.read_text()
+        file.write_text(was + "\n")
+        commands = [[*run, str(tmp_path / "run"), *place] for place in places(2)]
+        for one in run_all(commands, tmp_path, within=homes, PYTHONSAFEPATH=""):
+            assert one.status == 2, one.text
+            assert f"the processes differ in {differ}" in one.text and f"  {both}" in one.text
+            assert f"on process 1 of 2 ({socket.gethostname()})" in one.text
+        file.write_text(was)
+
+
+@tiny.SLOW
+def test_two_processes_share_a_bucket(bucket: Path, plain: list[str], alone: Path, tmp_path: Path) -> None:
+    """One is killed while both save there."""
+    workdir = bucket / "two"
+    run = [*plain, "--workdir", str(workdir)]
+    left, dead = training(2, run, tmp_path, armed={1: "SAVE dpo 4"})
+    assert dead.status == -signal.SIGKILL, dead.text
+    assert left.status == 76, left.text
+    assert 2 in resume_points(workdir, "dpo")
+    for one in training(2, run, tmp_path):
+        assert one.status == 0, one.text
+    copy = tmp_path / "copy"
+    shutil.copytree(files.local_copy(workdir), copy)
+    assert_close(alone, copy)
+    assert (copy / "report.html").exists()
 
 
 def test_waiting_agreeing_and_sharing(tmp_path: Path) -> None:

@@ -27,14 +27,18 @@ def test_memory_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     config = f"{Path(__file__).parent}/tiny_config.py:{tmp_path}"
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     process, said = tiny.load_script("torture.py").launch(["--config", config, *flags], tmp_path / "run")
-    at_step: dict[int, int] = {}
+    sizes_of: dict[str, list[int]] = {"training": [], "probing": []}
     while process.poll() is None:
-        steps = [re.match(rf"dpo (\d+)/{STEPS}  loss", line) for line in said[-3:]]
-        if found := [int(match[1]) for match in steps if match]:
-            at_step.setdefault(found[-1], resident(process.pid))
+        lines = list(said)
+        if any(re.match(r"dpo probes \d+/", line) for line in lines):
+            if not any(line.startswith("dpo probes: ") for line in lines):  # how long it took, at the end
+                sizes_of["probing"].append(resident(process.pid))
+        elif any(re.match(r"dpo \d{3,4}/", line) for line in lines):  # from step 100 on: all is compiled
+            sizes_of["training"].append(resident(process.pid))
         time.sleep(0.05)
     assert process.returncode == 0, said[-20:]
-    early = statistics.median(kib for step, kib in at_step.items() if 200 <= step < 600)
-    late = statistics.median(kib for step, kib in at_step.items() if step >= STEPS - 400)
-    print(f"{early} KiB in steps 200 to 600, {late} KiB in the last 400")
-    assert late < 1.05 * early
+    for phase, kib in sizes_of.items():
+        fifth = len(kib) // 5
+        early, late = statistics.median(kib[:fifth]), statistics.median(kib[-fifth:])
+        print(f"{phase}: {early} KiB in the first fifth of its time, {late} KiB in the last")
+        assert fifth > 10 and late < 1.05 * early

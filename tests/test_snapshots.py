@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -158,13 +159,6 @@ def test_a_fingerprint_changes_with_every_element() -> None:
     assert snapshots.fingerprint(one) != snapshots.fingerprint({"a": one["a"].at[3].set(-0.5)})
 
 
-def flip(file: Path, at: int) -> None:
-    """One bit of a file is another."""
-    content = bytearray(file.read_bytes())
-    content[at % len(content)] ^= 4
-    file.write_bytes(content)
-
-
 def files_of(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
@@ -200,7 +194,7 @@ def test_a_damaged_snapshot_gives_an_error_that_names_it_and_never_other_values(
     for file in files_of(folder):
         whole, seen = file.read_bytes(), []
         for at in range(7, len(whole), max(1, len(whole) // 9)):
-            flip(file, at)
+            tiny.flip(file, at)
             seen.append(damaged())
             file.write_bytes(whole)
         file.write_bytes(whole[: len(whole) // 2])
@@ -210,7 +204,7 @@ def test_a_damaged_snapshot_gives_an_error_that_names_it_and_never_other_values(
         file.write_bytes(whole)
         if file == largest:  # of a compressed file a bit or two may not matter
             assert sum(seen) > len(seen) - 3
-    flip(largest, 1000)
+    tiny.flip(largest, 1000)
     with pytest.raises(UserError, match=r"is not what was saved: files .* or remove .*/run/sft: the run's command"):
         read()
 
@@ -225,7 +219,7 @@ def test_a_damaged_resume_point_is_left_for_the_one_before(tmp_path: Path, capsy
     manager.close()
 
     def damage(step: int) -> None:
-        flip(max(files_of(tmp_path / "resume" / str(step)), key=lambda file: file.stat().st_size), 1000)
+        tiny.flip(max(files_of(tmp_path / "resume" / str(step)), key=lambda file: file.stat().st_size), 1000)
 
     damage(4)
     manager = snapshots.resume_manager(tmp_path / "resume")

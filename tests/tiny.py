@@ -76,6 +76,13 @@ def environment() -> dict[str, str]:
     return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(path)}
 
 
+def flip(file: Path, at: int) -> None:
+    """One bit of a file is another."""
+    content = bytearray(file.read_bytes())
+    content[at % len(content)] ^= 4
+    file.write_bytes(content)
+
+
 def load_script(name: str) -> ModuleType:
     """A file of scripts/ as a module."""
     file = HERE.parent / "scripts" / name

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 AGAIN = "put back a copy of it"  # what is to be done about a file that nothing writes again
+DIGEST = 32  # bytes of a SHA-256
 UPLOAD_S = 60.0  # between two uploads of a file that grows
 
 # Several hosts write into a bucket, so what one of them has listed once may not be so any more.
@@ -89,12 +90,16 @@ def check_no_model(folder: Path) -> None:
         raise UserError(f"{folder}: already holds safetensors files; give an empty directory")
 
 
-def facts(file: Path) -> tuple[str, int, int]:
-    """What changes when a file is another: its name, size and time."""
-    about = file.stat()
+def content_key(file: Path) -> str:
+    """What changes with a file's content, and is the same for copies on several hosts: its SHA-256.
+
+    Of an object in a bucket, which there is one of: its size, and the time it was put there.
+    """
     if in_bucket(file):
-        return str(file), cast(Any, about).length, cast(Any, about).mtime
-    return str(file), about.st_size, about.st_mtime_ns
+        about = cast(Any, file.stat())
+        return f"{about.length} {about.mtime}"
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def under(folder: Path) -> Iterator[Path]:
@@ -124,6 +129,16 @@ def write_whole(file: Path, content: str | bytes) -> None:
     os.replace(part, file)
 
 
+def write_array(file: Path, values: "np.ndarray") -> None:
+    """Writes an .npy file whole, with the SHA-256 of it behind the array, where NumPy does not look."""
+    import numpy as np
+
+    content = io.BytesIO()
+    np.save(content, values)
+    content.write(hashlib.sha256(content.getbuffer()).digest())
+    write_whole(file, content.getvalue())
+
+
 def append(file: Path, text: str) -> None:
     """Adds to a file; one in a bucket is written anew."""
     if in_bucket(file):
@@ -134,16 +149,20 @@ def append(file: Path, text: str) -> None:
 
 
 class Growing:
-    """A binary file that is written from its beginning and read by others meanwhile.
+    """A binary file that begins with `start`, grows, and is read by others meanwhile.
 
-    In a bucket it is written anew UPLOAD_S seconds after the last time, at `sync` and at `close`.
+    What was there is replaced by `start` at once. In a bucket all is written anew UPLOAD_S seconds after the last time,
+    at `sync` and at `close`.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, start: bytes = b"") -> None:
         self.file, self.uploads = file, in_bucket(file)
-        if not self.uploads:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        self.out: Any = io.BytesIO() if self.uploads else file.open("wb")
+        if self.uploads:
+            self.out: Any = io.BytesIO()
+            self.out.write(start)
+        else:
+            write_whole(file, start)
+            self.out = file.open("ab")
         self.next_upload = time.monotonic() + UPLOAD_S
 
     def write(self, data: bytes) -> None:
@@ -253,7 +272,8 @@ def local_copy(path: Path) -> Path:
     if not in_bucket(path):
         return path
     found = sorted(under(path)) if path.is_dir() else [path]
-    key = hashlib.sha256(repr((str(path), [facts(file) for file in found])).encode()).hexdigest()[:16]
+    about = str(path), [(str(file), content_key(file)) for file in found]
+    key = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vdjax" / key / path.name
     if not kept.exists():
         with making(kept.parent, "") as part:
@@ -261,7 +281,7 @@ def local_copy(path: Path) -> Path:
                 copy = part / path.name / str(file.relative_to(path)) if path != file else part / path.name
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 _transfer(file, copy)
-                os.utime(copy, (facts(file)[2],) * 2)
+                os.utime(copy, (cast(Any, file.stat()).mtime,) * 2)
     return kept
 
 
@@ -363,7 +383,7 @@ def kept_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
 
 
 def read_array(file: Path, again: str, mode: Literal["r"] | None = "r") -> "np.ndarray":
-    """The array in an .npy file that vdjax wrote, mapped into memory unless `mode` is None.
+    """The array that `write_array` wrote, mapped into memory unless `mode` is None.
 
     Raises:
       UserError: a file that is missing or damaged, or holds Python objects; `again` says how it comes to be again.
@@ -371,7 +391,11 @@ def read_array(file: Path, again: str, mode: Literal["r"] | None = "r") -> "np.n
     import numpy as np
 
     try:
-        return np.load(local_copy(file), mmap_mode=mode, allow_pickle=False)
+        copy = local_copy(file)
+        content = np.memmap(copy, np.uint8, "r").data
+        if hashlib.sha256(content[:-DIGEST]).digest() != content[-DIGEST:]:
+            raise ValueError("it is not what was written")
+        return np.load(copy, mmap_mode=mode, allow_pickle=False)
     except Exception as error:  # of a damaged header NumPy raises whatever Python's tokenizer does
         raise UserError(f"{file}: cannot be read back: {error}; {again}") from error
 

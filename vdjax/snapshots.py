@@ -19,7 +19,7 @@ import tensorstore as ts
 
 from vdjax import hosts, sharding
 from vdjax.errors import UserError
-from vdjax.files import absolute, in_bucket, read_kept, url
+from vdjax.files import AGAIN, absolute, in_bucket, read_kept, url
 from vdjax.models import hf
 from vdjax.progress import say
 
@@ -87,6 +87,9 @@ def open_reader(snapshot: Path) -> Reader:
         siblings = kept(snapshot.parent)
         raise UserError(f"{snapshot} is no snapshot" + (f"; steps there: {siblings}" if siblings else ""))
     about = read_kept(snapshot / ABOUT).get("custom_metadata") or {}
+    saved = about.get("checksums", {}) if isinstance(about, dict) else None
+    if not isinstance(saved, dict):
+        raise UserError(f"{snapshot / ABOUT}: cannot be read back: no checksums by parameter; {AGAIN}")
     stores: dict[tuple[str, ...], Any] = {}
 
     def read(path: tuple[str, ...], index: tuple[slice, ...]) -> np.ndarray:
@@ -100,7 +103,7 @@ def open_reader(snapshot: Path) -> Reader:
             why = str(error).partition(" [tensorstore_spec")[0]
             raise UserError(f"{snapshot}: parameter {name} cannot be read: {why}. {how_to_mend(snapshot)}") from None
 
-    return Reader(snapshot, about.get("checksums", {}), read)
+    return Reader(snapshot, saved, read)
 
 
 def place(reader: Reader, abstract_params: Any, shardings: Any) -> Any:

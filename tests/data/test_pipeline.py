@@ -1,6 +1,8 @@
 """Data sets, orders and batches: what a step is given, from the same seed the same, from any position on."""
 
 import json
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -104,7 +106,9 @@ def test_scores_come_back_to_their_tokens(batch_size: int) -> None:
 def test_build_renders_once_and_again_when_anything_changes(tiny_data: Path, tmp_path: Path) -> None:
     tok = tokenizer.byte_level()
     template = chat.pick_template(tok, "auto")
-    fields: dict[str, Any] = {"data": {"path": str(tiny_data / "preferences.jsonl")}, "max_length": 96}
+    file = tmp_path / "preferences.jsonl"
+    shutil.copy(tiny_data / file.name, file)
+    fields: dict[str, Any] = {"data": {"path": str(file)}, "max_length": 96}
 
     def build(**changes: Any) -> pipeline.Dataset:
         return pipeline.build(configs.stage("dpo", **(fields | changes)), "preference", tok, template, tmp_path, seed=0)
@@ -117,6 +121,11 @@ def test_build_renders_once_and_again_when_anything_changes(tiny_data: Path, tmp
     written = meta.stat().st_mtime_ns
     assert build().key == one.key and meta.stat().st_mtime_ns == written
     assert build(batch_size=7, epochs=5).key == one.key  # the tokens do not depend on these
+    os.utime(file, (1, 1))  # as another host may have its copy
+    assert build().key == one.key
+    file.write_text(file.read_text().replace("Yes", "Yea"))
+    assert build().key != one.key
+    file.write_text(file.read_text().replace("Yea", "Yes"))
     truncated = build(max_length=40)
     assert truncated.key != one.key
     assert sum(truncated.counts["dropped"].values()) + sum(truncated.counts["noted"].values()) > 0

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny
 from scipy import stats
 from synthetic_scores import make_one_hot, make_runs
 
@@ -80,6 +81,7 @@ def share(n, expected=0.95):
     return low / n, high / n
 
 
+@tiny.SLOW
 @pytest.mark.parametrize(("stance", "scale"), [("support", 1.0), ("neutral", -1.0), ("graded", 1 / 0.85)])
 def test_intervals_of_judged_responses_cover_the_truth(judged, stance, scale):
     rows = judged[0][stance]
@@ -92,6 +94,7 @@ def test_intervals_of_judged_responses_cover_the_truth(judged, stance, scale):
     assert abs(error.mean()) < 3 * error.std() / np.sqrt(len(JUDGED))
 
 
+@tiny.SLOW
 @pytest.mark.parametrize("stance", ["support", "neutral", "graded", "oppose", "refusal", "degenerate"])
 def test_false_positives_of_judged_responses_are_at_most_nominal(judged, stance):
     """Fewer, for shares: they take few values, so that many sign flips tie with what was seen, and ties count."""
@@ -101,6 +104,7 @@ def test_false_positives_of_judged_responses_are_at_most_nominal(judged, stance)
     assert (low if stance == "graded" else 0) < found <= high
 
 
+@tiny.SLOW
 @pytest.mark.parametrize("stance", ["support", "neutral"])
 def test_real_is_significant_and_beyond_the_floor_and_seldom_wrong(judged, stance):
     rows = judged[0][stance]

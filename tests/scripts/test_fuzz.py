@@ -9,7 +9,7 @@ import tiny
 from vdjax.errors import UserError
 
 fuzz = tiny.load_script("fuzz.py")
-SLOW = {"tokenizer_json", "tokenizer_config", "generation_config"}  # which load a tokenizer
+SLOW = {"tokenizer_json", "tokenizer_config", "generation_config", "special_tokens_map"}  # which load a tokenizer
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)

@@ -47,13 +47,9 @@ def metrics(workdir: Path, stage: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in SPEEDS} for row in rows]
 
 
+@tiny.SLOW
 @pytest.mark.parametrize(
-    ("name", "problem", "tokens"),
-    [
-        ("rloo", "arm", 1),
-        pytest.param("ppo", "says_a", 8, marks=tiny.SLOW),
-        pytest.param("grpo", "says_a", 8, marks=tiny.SLOW),
-    ],
+    ("name", "problem", "tokens"), [("rloo", "arm", 1), ("ppo", "says_a", 8), ("grpo", "says_a", 8)]
 )
 def test_a_bandit_and_a_say_this_token_task_are_solved(
     name: str, problem: str, tokens: int, tiny_data: Path, tmp_path: Path

@@ -19,7 +19,7 @@ from vdjax.data.chat import Rendered, Template
 from vdjax.data.examples import Example, normal, user_turns
 from vdjax.data.sources import Counts
 from vdjax.errors import UserError
-from vdjax.files import facts, making, read_array, read_kept
+from vdjax.files import content_key, making, read_array, read_kept, write_array
 
 
 class Dataset(NamedTuple):
@@ -101,11 +101,11 @@ def build(stage: ConfigDict, kind: str, tokenizer: Any, template: Template, cach
       UserError: as `sources.load` and `chat.render`, or when no example is left.
     """
     parts = {
-        "format": 4,
+        "format": 5,
         # Without the parts of data that have none: a tuple, or in a config that was written and read again a list.
         "data": {k: v for k, v in stage.data.to_dict().items() if k != "order" and v not in ((), [])},
         "files": [
-            facts(p)
+            (p.name, content_key(p))
             for source in specs(stage, kind)
             for p in readers.local_files(source["path"], source.get("split"))
         ],
@@ -255,13 +255,13 @@ def _write(content: Content, key: str, folder: Path) -> None:
     """Writes a folder that is always whole where it has a meta.json."""
     rendered, examples, questions, counts = content
     with making(folder, "meta.json") as part:
-        np.save(part / "tokens.npy", np.concatenate([r.tokens for r in rendered], dtype=np.int32))
-        np.save(part / "loss_mask.npy", np.concatenate([r.loss_mask for r in rendered], dtype=bool))
-        np.save(part / "branches.npy", np.concatenate([r.branches for r in rendered], dtype=np.int8))
-        np.save(part / "offsets.npy", np.cumsum([0] + [len(r.tokens) for r in rendered]).astype(np.int64))
-        np.save(part / "labels.npy", np.array([e.label for e in examples], np.float32))
+        write_array(part / "tokens.npy", np.concatenate([r.tokens for r in rendered], dtype=np.int32))
+        write_array(part / "loss_mask.npy", np.concatenate([r.loss_mask for r in rendered], dtype=bool))
+        write_array(part / "branches.npy", np.concatenate([r.branches for r in rendered], dtype=np.int8))
+        write_array(part / "offsets.npy", np.cumsum([0] + [len(r.tokens) for r in rendered]).astype(np.int64))
+        write_array(part / "labels.npy", np.array([e.label for e in examples], np.float32))
         flat = [(i, question) for i, asked in enumerate(questions) for question in asked]
-        np.save(part / "questions.npy", np.array(flat, np.int64).reshape(-1, 2))
+        write_array(part / "questions.npy", np.array(flat, np.int64).reshape(-1, 2))
         prompts = [e.prompt for e in examples] if any(e.prompt for e in examples) else []
         meta = {"key": key, "ids": [e.id for e in examples], "prompts": prompts, "counts": counts}
         (part / "meta.json").write_text(json.dumps(meta))

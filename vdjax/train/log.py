@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from vdjax import hosts
 from vdjax.drift import tensorboard
+from vdjax.errors import UserError
 from vdjax.files import Growing, kept_lines
 from vdjax.progress import say
 
@@ -37,7 +38,11 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 class MetricsLog:
-    """metrics.jsonl, TensorBoard and the progress line of a stage; on a resume, what lies beyond `step` is dropped."""
+    """metrics.jsonl, TensorBoard and the progress line of a stage; on a resume, what lies beyond `step` is dropped.
+
+    Raises:
+      UserError: on a resume, where metrics.jsonl is missing or damaged.
+    """
 
     def __init__(self, file: Path, tb: Path, name: str, step: int, total: int, log_every: int) -> None:
         self.name, self.total, self.every = name, total, log_every
@@ -45,16 +50,19 @@ class MetricsLog:
         self.first = hosts.index() == 0
 
         def evaluated() -> list[int]:
-            if file.exists() and step:
+            if step:
+                if not file.exists():
+                    raise UserError(
+                        f"{file}: is not there, though training goes on from step {step}; put back a copy of it, or "
+                        f"remove {file.parent} to train the stage again, to the same values"
+                    )
                 rows.extend(row for row in kept_lines(file, "step") if row["step"] <= step)
             return [row["step"] for row in rows if any(k.startswith("eval_") for k in row)]
 
         # All processes evaluate or none does, whatever the others see of a file that the first one is writing.
         self.evaluated = set(hosts.by_first(f"the log of {name}", evaluated))
         if self.first:
-            self.file = Growing(file)
-            self.file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-            self.file.flush()
+            self.file = Growing(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
             self.tb = tensorboard.open_writer(tb, start_step=step + 1 if step else 0)
         self.bar = tqdm(
             total=total,

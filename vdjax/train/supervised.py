@@ -1,9 +1,7 @@
 """Stages that learn from data as they are: batches, reference log-probs, held-out evaluation."""
 
 import hashlib
-import io
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +12,7 @@ from vdjax import hosts, sharding, snapshots
 from vdjax.data import pipeline
 from vdjax.data.packing import Shape
 from vdjax.data.pipeline import Dataset
-from vdjax.files import read_array, write_whole
+from vdjax.files import read_array, write_array
 from vdjax.models.functional import Model
 from vdjax.models.lora import join
 from vdjax.models.products import jit
@@ -82,13 +80,6 @@ def reference(stage: Stage, data: Dataset) -> np.ndarray:
         )
         hosts.by_first("reference log-probs to be written", lambda: write_array(file, values))
     return read_array(file, "remove it, and it is computed again")
-
-
-def write_array(file: Path, values: np.ndarray) -> None:
-    """Writes a .npy file whole or not at all."""
-    content = io.BytesIO()
-    np.save(content, values)
-    write_whole(file, content.getvalue())
 
 
 def held_out_evaluation(
