@@ -262,7 +262,6 @@ def test_another_config_on_one_process_is_named(plain: list[str], tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
-@tiny.SLOW
 def test_other_code_and_other_data_on_one_process_are_named(tiny_data: Path, tmp_path: Path) -> None:
     """Each has a package and a file of data of its own, at the same place below the directory that it works in."""
     homes = [tmp_path / name for name in ("zero", "one")]
