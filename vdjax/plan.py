@@ -9,6 +9,7 @@ Exit status 0: all fit; 1: one does not.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -218,23 +219,26 @@ def as_json(flags: argparse.Namespace, work: Work, plans: Mapping[str, Plan]) ->
 def meshes(work: Work) -> Iterator[dict[str, int]]:
     """Meshes worth a try."""
     size, slices = work.mesh.size, sharding.slice_count(list(work.mesh.devices.flat))
-    for tensor in (1, 2, 4, 8):
-        if size % tensor or work.cfg.num_kv_heads % tensor or work.cfg.intermediate_size % tensor:
+    rows, row_length = programs.examples_of(work), work.config[work.stage].row_length
+    for tensor, context in itertools.product((1, 2, 4, 8), repeat=2):
+        if size % (tensor * context) or work.cfg.num_kv_heads % tensor or work.cfg.intermediate_size % tensor:
             continue
+        if context > 1 and (rows % (size // tensor) == 0 or row_length % context):
+            continue  # there are rows for all chips
         for data in (slices, 2 * slices, 4 * slices):  # slices lie along the data axis
-            if size // tensor % data == 0:
-                yield {"data": data, "fsdp": size // tensor // data, "tensor": tensor}
+            if size // (tensor * context) % data == 0:
+                yield {"data": data, "fsdp": size // (tensor * context) // data, "context": context, "tensor": tensor}
 
 
 def candidates(work: Work, wanted: Iterable[Mapping[str, int]]) -> Iterator[tuple[dict[str, int], str, int]]:
     """Of each mesh, the remat policies and microbatches worth a try."""
-    rows = programs.shape_of(work).rows
+    rows = programs.examples_of(work)
     for sizes in wanted:
         shards = sizes["data"] * sizes["fsdp"]
         for remat in CHOICES["remat"]:
             for parts in (1, 2, 4, 8):
-                if rows % (shards * parts) == 0:
-                    yield dict(sizes), remat, rows // parts
+                if parts == 1 or rows % (shards * parts) == 0:
+                    yield dict(sizes), remat, -(-rows // (shards * parts)) * shards
 
 
 def search(work: Work, flags: argparse.Namespace) -> int:

@@ -267,6 +267,12 @@ def test_a_search_tries_layouts_that_share_the_rows_out() -> None:
     for sizes, remat, rows in tried:
         assert np.prod(list(sizes.values())) == 16 and 2 % sizes["tensor"] == 0  # two key/value heads
         assert remat in ("none", "dots", "full") and 64 % rows == 0 and rows % (sizes["data"] * sizes["fsdp"]) == 0
+    assert {sizes["context"] for sizes, *_ in tried} == {1}  # there are rows for all chips
+    c.dpo.batch_size = 4
+    few = list(plan.candidates(work, plan.meshes(work)))
+    assert {sizes["context"] for sizes, *_ in few} == {1, 2, 4, 8}
+    assert all(rows == max(4, sizes["data"] * sizes["fsdp"]) or rows < 4 for sizes, _, rows in few)
+    c.dpo.batch_size = 64
     # Of each layout the largest microbatch comes first: where it fits, no smaller one is tried.
     firsts = {(str(sizes), remat): rows for sizes, remat, rows in reversed(tried)}
     assert set(firsts.values()) == {64}

@@ -84,21 +84,28 @@ class Plan(NamedTuple):
 # Their shapes
 
 
+def examples_of(work: Work) -> int:
+    """Of one update: a step's, but where sampled responses serve several updates."""
+    stage = work.config[work.stage]
+    if OBJECTIVES[stage.objective].kind == "rollout":
+        return -(-stage.batch_size // stage.rollout.minibatches)
+    return stage.batch_size
+
+
 def shape_of(work: Work) -> Shape:
-    """The batch of a step whose examples all have the planned size, one a row."""
+    """The batch of an update whose examples all have the planned size, one a row."""
     stage, response = work.config[work.stage], work.length - work.prompt
     kind = OBJECTIVES[stage.objective].kind
     if kind in ("text", "sft"):
-        length, sequences, examples = work.length, 1, stage.batch_size
+        length, sequences = work.length, 1
     elif kind == "rollout":
         samples = stage.rollout.samples
         length, sequences = work.prompt + samples * stage.rollout.max_new_tokens, samples + samples % 2
-        examples = -(-stage.batch_size // stage.rollout.minibatches)
     else:
-        length, sequences, examples = work.prompt + 2 * response, 2, stage.batch_size
+        length, sequences = work.prompt + 2 * response, 2
     rows = microbatch_rows(work)
     length = stage.row_length or -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    return Shape(-(-examples // rows) * rows, length, sequences)
+    return Shape(-(-examples_of(work) // rows) * rows, length, sequences)
 
 
 def microbatch_rows(work: Work) -> int:
