@@ -111,6 +111,8 @@ def test_a_file_may_have_fields_of_its_own(write: Path) -> None:
 def test_files_that_are_none(write: Path) -> None:
     with pytest.raises(UserError, match=r"min.py: no such file; did you mean '.*mine.py'"):
         configs.load(str(write.parent / "min.py"))
+    with pytest.raises(UserError, match="--config gs://b/mine.py:x: expected a file on this machine"):
+        configs.load("gs://b/mine.py:x")
     with pytest.raises(UserError, match="nowhere/x.py: no such file"):
         configs.load("nowhere/x.py")
     write.write_text("x = 1\n")

@@ -1,6 +1,8 @@
 """The table of benchmarks, from made-up results."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,14 @@ def test_growth_is_1_where_a_size_twice_as_large_takes_twice_as_long(tmp_path: P
     grown = compare.growth(tmp_path)
     assert grown["growth of s"].fillna(-1).tolist() == pytest.approx([-1, 1, -1, 2])
     assert grown["growth of MB"].fillna(-1).tolist() == pytest.approx([-1, 0, -1, 1])
+
+
+@tiny.SLOW
+def test_loading_takes_little_more_memory_than_the_parameters(tmp_path: Path) -> None:
+    """Of 1.1 GiB, from one file, onto eight simulated devices."""
+    script = tiny.HERE.parent / "scripts" / "bench" / "loading.py"
+    command = [sys.executable, str(script), "--model", "Qwen/Qwen3-0.6B", "--dir", str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=tiny.environment())
+    found = json.loads(done.stdout)
+    print(found)
+    assert found["devices"] == 8 and found["parameters_gib"] > 1 and 1 <= found["ratio"] < 1.3
