@@ -10,7 +10,6 @@ traceback and the file to repeat it with (python scripts/fuzz.py TARGET --repeat
 import argparse
 import contextlib
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -196,11 +195,15 @@ def reply(data: bytes, folder: Path) -> None:
         found = chat_api._parse(response, "h", "key")
     except chat_api._Unavailable:
         return
-    found.text.encode()
-    again = chat_api.Reply(*json.loads(json.dumps(found)))
-    api.letter_mass(again, 5)
-    api.read_vote(again.text, 5)
-    chat_api.cost(ENDPOINT, found.input_tokens, found.output_tokens)
+    used(found)
+    used(chat_api.Reply(*json.loads(json.dumps(found))))
+
+
+def used(reply: chat_api.Reply) -> None:
+    reply.text.encode()
+    api.letter_mass(reply, 5)
+    api.read_vote(reply.text, 5)
+    chat_api.cost(ENDPOINT, reply.input_tokens, reply.output_tokens)
 
 
 def prompts_file(file: Path) -> None:
@@ -232,7 +235,9 @@ def replies_bytes() -> bytes:
 def replies(file: Path) -> None:
     chat_api.spent(ENDPOINT, file)
     with chat_api._open(file) as db:
-        chat_api._known(db, ["a", "b"])
+        known = chat_api._known(db, ["a", "b"])
+    for reply in known.values():
+        used(reply)
 
 
 def about_snapshot(file: Path) -> None:
@@ -245,9 +250,9 @@ def kept_data(name: str) -> Callable[[bytes, Path], Any]:
 
     def read(data: bytes, folder: Path) -> None:
         for part in ("tokens", "loss_mask", "branches", "offsets", "labels", "questions"):
-            files.write_array(folder / f"{part}.npy", np.arange(6, dtype=np.int32))
+            (folder / f"{part}.npy").write_bytes(files.with_digest(npy_bytes()))
         (folder / "meta.json").write_bytes(text({"ids": [], "prompts": [], "counts": {}, "key": "a"}))
-        (folder / name).write_bytes(data if name == "meta.json" else data + hashlib.sha256(data).digest())
+        (folder / name).write_bytes(data if name == "meta.json" else files.with_digest(data))
         pipeline._read(folder)
 
     return read

@@ -9,6 +9,7 @@ left half written. Exit status 1 where something differs or a command fails.
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -54,10 +55,11 @@ def launch(arguments: list[str], workdir: Path) -> tuple[subprocess.Popen, list[
 def written(patterns: Sequence[str], workdir: Path, since: float) -> list[str]:
     """What is there and newer than `since`."""
     out = []
-    for file in (file for pattern in patterns for file in workdir.glob(pattern)):
-        with suppress(FileNotFoundError):
-            if file.stat().st_mtime > since:
-                out.append(str(file.relative_to(workdir)))
+    for pattern in patterns:
+        with suppress(FileNotFoundError):  # folders go while they are read
+            for file in workdir.glob(pattern):
+                if file.stat().st_mtime > since:
+                    out.append(str(file.relative_to(workdir)))
     return out
 
 
@@ -96,6 +98,7 @@ def metrics(file: Path) -> list[dict[str, Any]]:
 
 COMPARED: dict[str, Callable[[Path], Any]] = {
     "*/metrics.jsonl": metrics,
+    "*/done.json": Path.read_bytes,
     "probes/*.parquet": pq.read_table,
     "responses/*.parquet": pq.read_table,
     "judgements/*/*.parquet": pq.read_table,
@@ -104,7 +107,7 @@ COMPARED: dict[str, Callable[[Path], Any]] = {
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Everything in which two finished workdirs differ; also what is in one alone."""
+    """In what two finished workdirs differ, of snapshots and what COMPARED names; also what is in one alone."""
     import jax
 
     out = []
@@ -160,10 +163,10 @@ def main() -> int:
             note(finished=workdir.name, after_kills=kills.total(), differences=found)
             return len(found)
 
-        moments = list(MOMENTS)
+        moments = itertools.cycle(MOMENTS)
         while kills.total() < flags.kills and not failed:
             workdir = flags.workdir / f"run-{finished}"
-            event = kill_in(moments[kills.total() % len(moments)], arguments, workdir, longest, rng)
+            event = kill_in(next(moments), arguments, workdir, longest, rng)
             if event["status"] is None:
                 kills[event["moment"]] += 1
                 saving += bool(event["half_written"])

@@ -53,7 +53,7 @@ from vdjax import config as configs
 from vdjax import judge, runs, snapshots
 from vdjax.data import chat, stances
 from vdjax.errors import CHARACTERS, LINES, UserError, one_screen
-from vdjax.files import kept_lines, read_table
+from vdjax.files import kept_lines, read_table, write_array
 from vdjax.measure import holds, store
 from vdjax.models import hf
 from vdjax.models.config import from_hf
@@ -203,8 +203,8 @@ BAD = [
     Bad("kept data with a flipped bit", data(talk("a", "b")), again(lambda kept: tiny.flip(kept / "tokens.npy", -40)),
         ("tokens.npy: cannot be read back: it is not what was written", "remove")),
     Bad("kept data with Python objects", data(talk("a", "b")),
-        again(lambda kept: np.save(kept / "questions.npy", np.array([{}], object))),
-        ("questions.npy: cannot be read back", "remove")),
+        again(lambda kept: write_array(kept / "questions.npy", np.array([{}], object))),
+        ("questions.npy: cannot be read back", "allow_pickle=False", "remove")),
     # config.json
     Bad("size that is no number", shape(hidden_size="32"), model,
         ("config.json: hidden_size must be a positive whole number", "'32'")),
@@ -354,6 +354,8 @@ BAD = [
         ("a: a file stands there or in its path", "expected a directory")),
     Bad("snapshot without what is saved beside arrays", {"5/_METADATA": "{}"}, lambda f: snapshots.open_reader(f / "5"),
         ("5/_CHECKPOINT_METADATA: cannot be read back",)),
+    Bad("snapshot whose checksums are none", {"5/_METADATA": "", f"5/{snapshots.ABOUT}": '{"custom_metadata": [1]}'},
+        lambda f: snapshots.open_reader(f / "5"), ("_CHECKPOINT_METADATA: cannot be read back: no checksums", "copy")),
     Bad("workdir with a damaged config.json", {"config.json": "{"},
         lambda f: runs.claim(configs.experiment(), f, ""), ("config.json: cannot be read back",)),
     Bad("workdir of another experiment", {"config.json": json.dumps({"config": {"seed": 7}})},

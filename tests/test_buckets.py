@@ -73,20 +73,20 @@ def test_what_is_read_from_a_bucket_is_what_is_read_from_a_disk(bucket: Path, tm
 
 
 def test_a_file_that_grows_is_uploaded_now_and_then(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = files.Growing(bucket / "growing")
+    file = files.Growing(bucket / "growing", b"0")
     file.write(b"1")
     file.flush()
     assert not file.file.exists()
     file.sync()
-    assert file.file.read_bytes() == b"1"
+    assert file.file.read_bytes() == b"01"
     monkeypatch.setattr(files, "UPLOAD_S", -1.0)
     file.sync()
     file.write(b"2")
     file.flush()
-    assert file.file.read_bytes() == b"12"
+    assert file.file.read_bytes() == b"012"
     file.write(b"3")
     file.close()
-    assert file.file.read_bytes() == b"123"
+    assert file.file.read_bytes() == b"0123"
 
 
 def test_what_marks_a_folder_as_whole_comes_last(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:

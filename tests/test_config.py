@@ -113,6 +113,8 @@ def test_files_that_are_none(write: Path) -> None:
         configs.load(str(write.parent / "min.py"))
     with pytest.raises(UserError, match="--config gs://b/mine.py:x: expected a file on this machine"):
         configs.load("gs://b/mine.py:x")
+    write.write_text("import ml_collections\nget_config = lambda arg: ml_collections.ConfigDict({'x': arg})\n")
+    assert configs.read(f"{write}:gs://b/data").x == "gs://b/data"
     with pytest.raises(UserError, match="nowhere/x.py: no such file"):
         configs.load("nowhere/x.py")
     write.write_text("x = 1\n")

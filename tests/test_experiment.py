@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import tiny
 
 from vdjax import config as configs
-from vdjax import experiment, runs, snapshots
+from vdjax import experiment, files, runs, snapshots
 from vdjax.errors import UserError
 from vdjax.models import transformer
 from vdjax.models.config import from_hf
@@ -139,9 +140,14 @@ def test_what_is_lost_is_named_and_nothing_begins_anew(
 
 
 def test_a_log_that_is_lost_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="metrics.jsonl: is not there, though training goes on from step 4; put back"):
-        loop.MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tb", "dpo", step=4, total=6, log_every=1)
-    assert not list(tmp_path.iterdir())
+    stage: Any = SimpleNamespace(workdir=tmp_path, name="dpo")
+    log = tmp_path / "dpo" / "metrics.jsonl"
+    with pytest.raises(UserError, match="metrics.jsonl: cannot be read back: .*; put back a copy of it"):
+        loop.check_log(stage, 2)
+    files.write_whole(log, '{"step": 1}\n{"step": 2}\n{"st')
+    loop.check_log(stage, 2)
+    with pytest.raises(UserError, match="metrics.jsonl: 2 rows are left of the 3 that were written; put back a copy"):
+        loop.check_log(stage, 3)
 
 
 def test_training_moves_and_its_log_is_complete(finished: tuple[Path, list[str]]) -> None:

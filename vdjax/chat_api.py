@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from vdjax.chat_endpoint import Endpoint, Request, body_of, check, cost, cost_bound, key_of, request_hash
 from vdjax.errors import UserError
-from vdjax.files import edited, in_bucket
+from vdjax.files import edited, in_bucket, parse_json
 
 __all__ = [
     "Endpoint",
@@ -151,11 +151,21 @@ def _known(db: sqlite3.Connection, names: Sequence[str]) -> dict[str, Reply]:
         row = db.execute("SELECT reply FROM replies WHERE request = ?", (name,)).fetchone()
         if row:
             try:
-                known[name] = Reply(*json.loads(row[0]))
+                known[name] = _kept_reply(row[0])
             except (ValueError, TypeError) as error:
                 damaged = f"the reply to {name} is damaged ({error}); delete its row, and it is asked for again"
                 raise sqlite3.DatabaseError(damaged) from error
     return known
+
+
+def _kept_reply(row: str) -> Reply:
+    reply = Reply(*parse_json(row))
+    top = reply.top_logprobs or {}
+    if not isinstance(reply.text, str) or not isinstance(top, dict):
+        raise TypeError("it is no reply")
+    if not all(isinstance(x, int | float) for x in (*top.values(), reply.input_tokens, reply.output_tokens)):
+        raise TypeError("it is no reply")
+    return reply
 
 
 def _account(endpoint: Endpoint) -> str:

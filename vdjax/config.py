@@ -283,9 +283,9 @@ def read(spec: str) -> ConfigDict:
     Raises:
       UserError: no such file, no `get_config`, or an error that the file raises, with its line.
     """
-    if "://" in spec:
-        raise UserError(f"--config {spec}: expected a file on this machine, as a config is a program that is run")
     path, _, arg = spec.partition(":")
+    if arg.startswith("//"):
+        raise UserError(f"--config {spec}: expected a file on this machine, as a config is a program that is run")
     file = Path(path)
     if not file.is_file():
         siblings = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []

@@ -91,15 +91,18 @@ def check_no_model(folder: Path) -> None:
 
 
 def content_key(file: Path) -> str:
-    """What changes with a file's content, and is the same for copies on several hosts: its SHA-256.
+    """What changes with a file's content: its SHA-256, which copies on several hosts share; in a bucket its generation.
 
-    Of an object in a bucket, which there is one of: its size, and the time it was put there.
+    Raises:
+      UserError: it cannot be read.
     """
-    if in_bucket(file):
-        about = cast(Any, file.stat())
-        return f"{about.length} {about.mtime}"
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    try:
+        if in_bucket(file):
+            return str(fsspec.url_to_fs(str(file))[0].info(str(file))["generation"])
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
 def under(folder: Path) -> Iterator[Path]:
@@ -130,13 +133,17 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 def write_array(file: Path, values: "np.ndarray") -> None:
-    """Writes an .npy file whole, with the SHA-256 of it behind the array, where NumPy does not look."""
+    """Writes an .npy file whole, `with_digest`."""
     import numpy as np
 
     content = io.BytesIO()
     np.save(content, values)
-    content.write(hashlib.sha256(content.getbuffer()).digest())
-    write_whole(file, content.getvalue())
+    write_whole(file, with_digest(content.getvalue()))
+
+
+def with_digest(content: bytes) -> bytes:
+    """The content with its SHA-256 behind it, where NumPy does not look."""
+    return content + hashlib.sha256(content).digest()
 
 
 def append(file: Path, text: str) -> None:
@@ -151,8 +158,8 @@ def append(file: Path, text: str) -> None:
 class Growing:
     """A binary file that begins with `start`, grows, and is read by others meanwhile.
 
-    What was there is replaced by `start` at once. In a bucket all is written anew UPLOAD_S seconds after the last time,
-    at `sync` and at `close`.
+    On a disk `start` replaces what was there in one move. In a bucket all is written anew UPLOAD_S seconds after the
+    last time, at `sync` and at `close`.
     """
 
     def __init__(self, file: Path, start: bytes = b"") -> None:
@@ -174,7 +181,7 @@ class Growing:
             self.sync()
 
     def sync(self) -> None:
-        """Nothing that was written is lost from here on, whatever becomes of this machine."""
+        """Nothing that was written is lost from here on, whatever becomes of this process, or of a bucket's machine."""
         self.out.flush()
         if self.uploads:
             self.file.write_bytes(self.out.getvalue())
@@ -396,7 +403,7 @@ def read_array(file: Path, again: str, mode: Literal["r"] | None = "r") -> "np.n
         if hashlib.sha256(content[:-DIGEST]).digest() != content[-DIGEST:]:
             raise ValueError("it is not what was written")
         return np.load(copy, mmap_mode=mode, allow_pickle=False)
-    except Exception as error:  # of a damaged header NumPy raises whatever Python's tokenizer does
+    except Exception as error:  # of a forged header NumPy raises whatever Python's tokenizer does
         raise UserError(f"{file}: cannot be read back: {error}; {again}") from error
 
 

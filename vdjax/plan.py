@@ -219,12 +219,12 @@ def as_json(flags: argparse.Namespace, work: Work, plans: Mapping[str, Plan]) ->
 def meshes(work: Work) -> Iterator[dict[str, int]]:
     """Meshes worth a try."""
     size, slices = work.mesh.size, sharding.slice_count(list(work.mesh.devices.flat))
-    rows, row_length = programs.examples_of(work), work.config[work.stage].row_length
+    rows, lengths = programs.examples_of(work), [work.config[name].row_length for name in work.config.stages]
     for tensor, context in itertools.product((1, 2, 4, 8), repeat=2):
         if size % (tensor * context) or work.cfg.num_kv_heads % tensor or work.cfg.intermediate_size % tensor:
             continue
-        if context > 1 and (rows % (size // tensor) == 0 or row_length % context):
-            continue  # there are rows for all chips
+        if context > 1 and (rows >= size // tensor or any(length % context for length in lengths)):
+            continue  # there are rows for all chips, or they cannot be shared out
         for data in (slices, 2 * slices, 4 * slices):  # slices lie along the data axis
             if size // (tensor * context) % data == 0:
                 yield {"data": data, "fsdp": size // (tensor * context) // data, "context": context, "tensor": tensor}
@@ -236,9 +236,8 @@ def candidates(work: Work, wanted: Iterable[Mapping[str, int]]) -> Iterator[tupl
     for sizes in wanted:
         shards = sizes["data"] * sizes["fsdp"]
         for remat in CHOICES["remat"]:
-            for parts in (1, 2, 4, 8):
-                if parts == 1 or rows % (shards * parts) == 0:
-                    yield dict(sizes), remat, -(-rows // (shards * parts)) * shards
+            for together in sorted({-(-rows // (shards * parts)) * shards for parts in (1, 2, 4, 8)}, reverse=True):
+                yield dict(sizes), remat, together
 
 
 def search(work: Work, flags: argparse.Namespace) -> int:

@@ -266,12 +266,13 @@ def test_a_search_tries_layouts_that_share_the_rows_out() -> None:
     assert len(tried) == len({str(each) for each in tried}) > 20
     for sizes, remat, rows in tried:
         assert np.prod(list(sizes.values())) == 16 and 2 % sizes["tensor"] == 0  # two key/value heads
-        assert remat in ("none", "dots", "full") and 64 % rows == 0 and rows % (sizes["data"] * sizes["fsdp"]) == 0
+        assert remat in ("none", "dots", "full") and rows % (sizes["data"] * sizes["fsdp"]) == 0
     assert {sizes["context"] for sizes, *_ in tried} == {1}  # there are rows for all chips
     c.dpo.batch_size = 4
     few = list(plan.candidates(work, plan.meshes(work)))
     assert {sizes["context"] for sizes, *_ in few} == {1, 2, 4, 8}
-    assert all(rows == max(4, sizes["data"] * sizes["fsdp"]) or rows < 4 for sizes, _, rows in few)
+    c.dpo.batch_size = 24  # rows that share out over no 16 shards: the last ones stay empty
+    assert {rows for sizes, _, rows in plan.candidates(work, [{"data": 1, "fsdp": 16}])} == {32, 16}
     c.dpo.batch_size = 64
     # Of each layout the largest microbatch comes first: where it fits, no smaller one is tried.
     firsts = {(str(sizes), remat): rows for sizes, remat, rows in reversed(tried)}

@@ -54,11 +54,13 @@ def test_growth_is_1_where_a_size_twice_as_large_takes_twice_as_long(tmp_path: P
 
 
 @tiny.SLOW
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_little_more_memory_than_the_parameters(tmp_path: Path) -> None:
     """Of 1.1 GiB, from one file, onto eight simulated devices."""
     script = tiny.HERE.parent / "scripts" / "bench" / "loading.py"
     command = [sys.executable, str(script), "--model", "Qwen/Qwen3-0.6B", "--dir", str(tmp_path / "model")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=tiny.environment())
+    done = subprocess.run(command, capture_output=True, text=True, env=tiny.environment())
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     print(found)
     assert found["devices"] == 8 and found["parameters_gib"] > 1 and 1 <= found["ratio"] < 1.3

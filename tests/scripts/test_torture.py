@@ -42,8 +42,15 @@ def another_drift(run: Path) -> None:
         table.write(",\n")
 
 
-def another_table(run: Path) -> None:
-    shutil.copy(run / "probes" / "sft.parquet", run / "probes" / "more.parquet")
+def other_tables(run: Path) -> None:
+    for folder in ("probes", "responses", "judgements/a"):
+        (run / folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(run / "probes" / "sft.parquet", run / folder / "more.parquet")
+
+
+def other_counts(run: Path) -> None:
+    done = json.loads((run / "sft" / "done.json").read_text())
+    (run / "sft" / "done.json").write_text(json.dumps(done | {"train_examples": 1}))
 
 
 def no_stage(run: Path) -> None:
@@ -59,9 +66,10 @@ def no_stage(run: Path) -> None:
         (another_loss, ["dpo/metrics.jsonl"]),
         (another_answer, ["probes/dpo.parquet"]),
         (no_answers, ["probes/sft.parquet"]),
-        (another_table, ["probes/more.parquet"]),
+        (other_tables, ["probes/more.parquet", "responses/more.parquet", "judgements/a/more.parquet"]),
+        (other_counts, ["sft/done.json"]),
         (another_drift, ["drift/drift.csv"]),
-        (no_stage, ["dpo: snapshots [0, 2, 4, 6] and []", "dpo/metrics.jsonl"]),
+        (no_stage, ["dpo: snapshots [0, 2, 4, 6] and []", "dpo/metrics.jsonl", "dpo/done.json"]),
     ],
 )
 def test_differences_are_found(

@@ -105,9 +105,9 @@ def build(stage: ConfigDict, kind: str, tokenizer: Any, template: Template, cach
         # Without the parts of data that have none: a tuple, or in a config that was written and read again a list.
         "data": {k: v for k, v in stage.data.to_dict().items() if k != "order" and v not in ((), [])},
         "files": [
-            (p.name, content_key(p))
+            (label, content_key(file))
             for source in specs(stage, kind)
-            for p in readers.local_files(source["path"], source.get("split"))
+            for file, label in readers.local_files(source["path"], source.get("split"))
         ],
         "kind": kind,
         "max_length": longest(stage, kind),

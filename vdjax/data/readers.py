@@ -41,7 +41,7 @@ def read_rows(
     Raises UserError for missing files, unknown suffixes, links out of a directory, lines that are no JSON object (with
     file and line number), damaged files, and hub datasets that cannot be loaded.
     """
-    files = _local_files(path, split)
+    files = local_files(path, split)
     if not files:
         return _hub_rows(str(path), revision, split or "train", name, data_dir)
     for key, value in {"revision": revision, "name": name, "data_dir": data_dir}.items():
@@ -50,13 +50,12 @@ def read_rows(
     return chain.from_iterable(_file_rows(file, label) for file, label in files)
 
 
-def local_files(path: str | Sequence[str], split: str | None = None) -> list[Path]:
-    """The files that `read_rows` would read; none for a hub id. UserError for what cannot be a hub id either."""
-    return [file for file, _ in _local_files(path, split)]
+def local_files(path: str | Sequence[str], split: str | None = None) -> list[tuple[Path, str]]:
+    """The files that `read_rows` would read, with their labels in ids; none for a hub id.
 
-
-def _local_files(path: str | Sequence[str], split: str | None) -> list[tuple[Path, str]]:
-    """(file, label for ids) of a local path; none when the path can only be a hub id."""
+    Raises:
+      UserError: what cannot be a hub id either.
+    """
     paths = [p.strip() for p in path.split(",")] if isinstance(path, str) else [str(p) for p in path]
     if len(paths) != 1:
         if not paths:

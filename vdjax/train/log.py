@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from vdjax import hosts
 from vdjax.drift import tensorboard
-from vdjax.errors import UserError
 from vdjax.files import Growing, kept_lines
 from vdjax.progress import say
 
@@ -51,16 +50,12 @@ class MetricsLog:
 
         def evaluated() -> list[int]:
             if step:
-                if not file.exists():
-                    raise UserError(
-                        f"{file}: is not there, though training goes on from step {step}; put back a copy of it, or "
-                        f"remove {file.parent} to train the stage again, to the same values"
-                    )
                 rows.extend(row for row in kept_lines(file, "step") if row["step"] <= step)
             return [row["step"] for row in rows if any(k.startswith("eval_") for k in row)]
 
         # All processes evaluate or none does, whatever the others see of a file that the first one is writing.
         self.evaluated = set(hosts.by_first(f"the log of {name}", evaluated))
+        self.rows = len(rows)  # of the first process
         if self.first:
             self.file = Growing(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
             self.tb = tensorboard.open_writer(tb, start_step=step + 1 if step else 0)
@@ -76,6 +71,7 @@ class MetricsLog:
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.first:
+            self.rows += 1
             self.file.write((json.dumps(row) + "\n").encode())
             self.file.flush()
             scalars = {f"{self.name}/{k}": v for k, v in row.items() if k != "step"}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from vdjax import hosts, snapshots
 from vdjax.errors import UserError
-from vdjax.files import kept_lines, remove_tree, write_whole
+from vdjax.files import AGAIN, kept_lines, remove_tree, write_whole
 from vdjax.models import functional
 from vdjax.models.config import ModelConfig
 from vdjax.models.functional import Model, shardings
@@ -124,7 +124,7 @@ def begin(stage: Stage, manager: Any) -> tuple[Update, TrainState]:
     """How the state is changed, and the state: the newest resume point, or a fresh one.
 
     Raises:
-      UserError: the data are not those that the resume point was trained on, or the resume points are lost.
+      UserError: the data are not those that the resume point was trained on, or resume points or the log are lost.
     """
     update, abstract = abstract_update(stage)
     restored = snapshots.restore_resume(manager, abstract)
@@ -145,7 +145,16 @@ def begin(stage: Stage, manager: Any) -> tuple[Update, TrainState]:
             f"{stage.name}: the data changed since {folder / 'resume'} was written, so training cannot go on from "
             f"there; bring back what {stage.config.data.path} was, or remove {folder} to begin the stage anew"
         )
+    check_log(stage, position["logged"])
     return update, state
+
+
+def check_log(stage: Stage, rows: int) -> None:
+    """UserError where metrics.jsonl has fewer rows than it had when the resume point was written."""
+    log = stage.workdir / stage.name / "metrics.jsonl"
+    found = hosts.by_first(f"a look at the log of {stage.name}", lambda: len(kept_lines(log, "step")))
+    if found < rows:
+        raise UserError(f"{log}: {found} rows are left of the {rows} that were written; {AGAIN}")
 
 
 def check_nothing_is_lost(stage: Stage) -> None:
@@ -218,7 +227,7 @@ def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool
                 if due:
                     checkpointer.wait_until_finished()
                     log.sync()
-                    snapshots.save_resume(manager, step, state, {"data": plan.train.key})
+                    snapshots.save_resume(manager, step, state, {"data": plan.train.key, "logged": log.rows})
                 last = time.perf_counter()
             if stopping and step < total:
                 manager.wait_until_finished()
