@@ -382,9 +382,27 @@ def test_endpoints_that_are_refused(fields: dict[str, Any], message: str, tmp_pa
 
 
 def test_a_file_that_is_no_cache_is_said(tmp_path: Path) -> None:
-    (tmp_path / "c").write_text("not a database " * 100)
+    where, file = endpoint("http://127.0.0.1:1/v1"), tmp_path / "c"
+    file.write_text("not a database " * 100)
     with pytest.raises(UserError, match="cannot be used as a cache"):
-        ask(endpoint("http://127.0.0.1:1/v1"), [question("x")], tmp_path / "c")
+        ask(where, [question("x")], file)
+    file.unlink()
+    assert chat_api.spent(where, file).calls == 0
+    file.write_bytes(file.read_bytes().replace(b"CREATE TABLE replies", b"CREATE \xffABLE replies"))
+    with pytest.raises(UserError, match="cannot be used as a cache of replies: .*invalid start byte"):
+        ask(where, [question("x")], file)
+
+
+@pytest.mark.parametrize(
+    "reply", ["[1, 2, 3, 4, 5]", '["A", "stop", {"A": "x"}, 1, 1]', '["A", "stop", null, "1", 1]', "[" * 10**5, "{}"]
+)
+def test_a_kept_reply_that_is_none_is_named(reply: str, tmp_path: Path) -> None:
+    where, file = endpoint("http://127.0.0.1:1/v1"), tmp_path / "c"
+    chat_api.spent(where, file)
+    with sqlite3.connect(file) as db:
+        db.execute("INSERT INTO replies VALUES (?, ?)", (chat_api.request_hash(where, question("x")), reply))
+    with pytest.raises(UserError, match="the reply to .* is damaged .*; delete its row, and it is asked for again"):
+        ask(where, [question("x")], file)
 
 
 def test_null_content_and_refusals_are_text(tmp_path: Path) -> None:

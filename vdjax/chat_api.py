@@ -141,7 +141,7 @@ def _open(cache: Path) -> Iterator[sqlite3.Connection]:
             db.execute("CREATE TABLE IF NOT EXISTS replies (request TEXT PRIMARY KEY, reply TEXT NOT NULL)")
             db.execute("CREATE TABLE IF NOT EXISTS calls (id INTEGER PRIMARY KEY, account TEXT, usd REAL NOT NULL)")
             yield db
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # the last of SQLite's own messages, quoting the file
         raise UserError(f"{cache}: cannot be used as a cache of replies: {error}") from error
 
 
