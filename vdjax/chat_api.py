@@ -152,7 +152,7 @@ def _known(db: sqlite3.Connection, names: Sequence[str]) -> dict[str, Reply]:
         if row:
             try:
                 known[name] = _kept_reply(row[0])
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, AttributeError) as error:
                 damaged = f"the reply to {name} is damaged ({error}); delete its row, and it is asked for again"
                 raise sqlite3.DatabaseError(damaged) from error
     return known
@@ -160,10 +160,9 @@ def _known(db: sqlite3.Connection, names: Sequence[str]) -> dict[str, Reply]:
 
 def _kept_reply(row: str) -> Reply:
     reply = Reply(*parse_json(row))
-    top = reply.top_logprobs or {}
-    if not isinstance(reply.text, str) or not isinstance(top, dict):
-        raise TypeError("it is no reply")
-    if not all(isinstance(x, int | float) for x in (*top.values(), reply.input_tokens, reply.output_tokens)):
+    log_probs = (reply.top_logprobs or {}).values()
+    numbers = (*log_probs, reply.input_tokens, reply.output_tokens)
+    if not isinstance(reply.text, str) or not all(isinstance(x, int | float) for x in numbers):
         raise TypeError("it is no reply")
     return reply
 
