@@ -95,6 +95,39 @@ def test_a_packed_token_stands_and_sees_as_it_would_alone(items: list[Rendered])
             assert seen == {(index, u) for u in alone}
 
 
+@settings(max_examples=30, deadline=None)
+@given(examples(), st.lists(st.integers(1, 99), max_size=6))
+def test_what_all_begin_with_stands_once_and_all_see_it(items: list[Rendered], start: list[int]) -> None:
+    """Every token sees what it would alone, by tokens: those at the start are the first example's."""
+    length, begun = 60, np.zeros(len(start), np.int8)
+    items = [
+        Rendered(
+            np.append(np.int32(start), e.tokens).astype(np.int32),
+            np.append(begun > 0, e.loss_mask),
+            np.append(begun, e.branches),
+        )
+        for e in items
+    ]
+    once = packing.shared_start(items)
+    prompts = [e.tokens[e.branches == 0].tolist() for e in items]
+    assert all(p[:once] == prompts[0][:once] and len(p) > once for p in prompts) or once == 0
+    assert once >= len(start) - 1 or once == min(map(len, prompts)) - 1 or not start
+    rows = packing.best_fit([len(e.tokens) - once for e in items], length - once)
+    shape = Shape(len(rows), length, sum(int(e.branches.max()) for e in items))
+    batch = packing.pack(items, rows, shape, [once] * len(rows))
+    ids = [jnp.asarray(batch[k]) for k in ("segment_ids", "sequence_ids")]
+    sees = np.asarray(visible(jnp.arange(length), *ids, *ids, jnp.asarray(batch["prefix"])))
+    assert (batch["prefix"].sum(axis=1) == once).all()
+    standing = {(int(i), int(t)) for i, t in batch["source"][batch["source"][..., 0] >= 0]}
+    firsts = {row[0] for row in rows}
+    assert standing == {(i, t) for i, e in enumerate(items) for t in range(len(e.tokens)) if t >= once or i in firsts}
+    for r, t in zip(*np.nonzero(batch["segment_ids"]), strict=True):
+        index, token = batch["source"][r, t]
+        alone = [u for u in range(token + 1) if items[index].branches[u] in (0, items[index].branches[token])]
+        assert batch["positions"][r, t] == len(alone) - 1
+        assert batch["tokens"][r][sees[r, t]].tolist() == items[index].tokens[alone].tolist()
+
+
 @settings(max_examples=40, deadline=None)
 @given(examples())
 def test_sequence_ids_count_from_one_in_a_row(items: list[Rendered]) -> None:

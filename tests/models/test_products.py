@@ -1,11 +1,12 @@
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdjax.models.products import compiler_options, matmul
+from vdjax.models.products import FEW_ROWS, compiler_options, matmul, matmul_by_rows
 
 
 @pytest.mark.parametrize(("batch", "rows", "inner", "outer"), [((), 6, 5, 4), ((2, 3), 4, 7, 2), ((), 1, 3, 2)])
@@ -33,6 +34,27 @@ def test_one_matrix_for_all_of_a_batch() -> None:
     want, flat = jax.vjp(lambda a, b: matmul(a.reshape(12, 5), b).reshape(3, 4, 2), a, b)
     for got, wanted in zip((out, *pull(g)), (want, *flat(g)), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (FEW_ROWS,), (FEW_ROWS + 1,), (2, 3)])
+def test_a_kernel_kept_by_rows_has_the_product_of_its_transpose(shape: tuple[int, ...], dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), dtype) for s in ((*shape, 7), (5, 7)))
+    want = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
+    for result, tolerance in ((None, 2**-8 if dtype == jnp.bfloat16 else 1e-6), (jnp.float32, 1e-6)):
+        out = jax.jit(lambda x, kernel, result=result: matmul_by_rows(x, kernel, result))(x, kernel)
+        assert out.dtype == (result or dtype)
+        np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=tolerance * np.abs(want).max(), rtol=0)
+
+
+def test_the_few_rows_stay_at_the_right_of_their_product() -> None:
+    """XLA would exchange the operands of a transposed product again, which takes twice the time."""
+    few, many = (
+        jax.jit(matmul_by_rows).lower(jnp.ones((rows, 32)), jnp.ones((48, 32))).compile().as_text()
+        for rows in (FEW_ROWS, FEW_ROWS + 1)
+    )
+    assert re.search(rf"f32\[48,{FEW_ROWS}\]\S* dot\(", few) and re.search(rf"f32\[{FEW_ROWS + 1},48\]\S* dot\(", many)
 
 
 def test_a_float32_result_is_pulled_back_by_products_in_bfloat16() -> None:

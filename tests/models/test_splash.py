@@ -19,25 +19,30 @@ SEQUENCES[0, 30:50], SEQUENCES[0, 50:70], SEQUENCES[0, 90:100], SEQUENCES[0, 100
 SEGMENTS[1, :] = 1  # a row that is full, and without a branch up to its middle
 SEQUENCES[1, 64:] = 1
 REAL = SEGMENTS > 0
+PREFIX = np.zeros((2, LENGTH), bool)
+PREFIX[0, :20] = True
 
 
 @pytest.mark.parametrize(
-    ("shared", "length", "dtype", "tolerance"),
+    ("shared", "prefix", "length", "dtype", "tolerance"),
     [
-        (True, LENGTH, jnp.float32, 1e-5),
-        (True, LENGTH, jnp.bfloat16, 2e-3),
-        (True, LENGTH - 27, jnp.float32, 1e-5),
-        (False, LENGTH, jnp.float32, 1e-5),
+        (True, False, LENGTH, jnp.float32, 1e-5),
+        (True, False, LENGTH, jnp.bfloat16, 2e-3),
+        (True, False, LENGTH - 27, jnp.float32, 1e-5),
+        (False, False, LENGTH, jnp.float32, 1e-5),
+        (True, True, LENGTH, jnp.float32, 1e-5),
     ],
 )
-def test_the_kernels_are_equal_to_the_plain_path(shared: bool, length: int, dtype: Any, tolerance: float) -> None:
+def test_the_kernels_are_equal_to_the_plain_path(
+    shared: bool, prefix: bool, length: int, dtype: Any, tolerance: float
+) -> None:
     """Root mean square of the difference over that of the plain path in float32; without `sequence_ids` a segment is
     one sequence. To round a number to bfloat16 costs 1.6e-3 alone, and gradients are rounded once more on their way:
     those of the plain path in bfloat16 are 2.8e-3 to 3.3e-3 off."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, length, n, 64)), dtype) for n in (4, 2, 2))
     segments, real = jnp.asarray(SEGMENTS[:, :length]), REAL[:, :length]
-    ids = (segments, jnp.asarray(SEQUENCES[:, :length]) if shared else None)
+    ids = (segments, jnp.asarray(SEQUENCES[:, :length]) if shared else None, jnp.asarray(PREFIX) if prefix else None)
     cotangent = jnp.asarray(rng.normal(size=q.shape) * real[..., None, None], dtype)
     wide = [x.astype(jnp.float32) for x in (q, k, v)]  # what bfloat16 rounds on the way is the kernels' alone
     want, pull = jax.vjp(lambda *x: attention(*x, *ids, query_chunk=48), *wide)

@@ -20,15 +20,20 @@ from vdjax.probes import evaluator
 from vdjax.probes.readouts import Item
 
 ANSWERS = (2, 1, 3, 3, 1, 2, 3)  # of each item
+STARTS = (20, 17)  # tokens that the prompts of each variant begin with alike
 
 
 def items() -> list[Item]:
     rng = np.random.default_rng(0)
+    starts = [rng.integers(0, tiny.VOCAB, size) for size in STARTS]
     out = []
-    for count in ANSWERS:
-        branches = np.repeat(range(count + 1), rng.integers(1, 12, count + 1)).astype(np.int8)
-        rendered = Rendered(rng.integers(0, tiny.VOCAB, len(branches)).astype(np.int32), branches > 0, branches)
-        out.append(Item(0, 0, "statement", "", ("support",) * count, ("answer",) * count, rendered))
+    for number, count in enumerate(ANSWERS):
+        branches = np.repeat(range(count + 1), rng.integers(1, 12, count + 1))
+        own, variant = rng.integers(0, tiny.VOCAB, len(branches)), number % 2
+        tokens = np.concatenate([starts[variant], own]).astype(np.int32)
+        branches = np.concatenate([np.zeros(STARTS[variant]), branches]).astype(np.int8)
+        rendered = Rendered(tokens, branches > 0, branches)
+        out.append(Item(0, variant, "statement", "", ("support",) * count, ("answer",) * count, rendered))
     return out
 
 
@@ -129,7 +134,27 @@ def test_layout_holds_every_item_once() -> None:
             np.testing.assert_array_equal(
                 arrays["tokens"][row][here], item.rendered.tokens[item.rendered.branches == answer + 1]
             )
-    assert sum(int((b["segment_ids"] > 0).sum()) for b in plan.batches) == sum(len(i.rendered.tokens) for i in ITEMS)
+    # Of each row all items but the first stand in it without what they begin with alike.
+    rows = [row for batch in plan.batches for row in zip(batch["segment_ids"], batch["prefix"], strict=True)]
+    left_out = sum(prefix.sum() * max(0, segments.max() - 1) for segments, prefix in rows)
+    assert {int(prefix.sum()) for _, prefix in rows} <= {0, *STARTS} and left_out > 0
+    used = sum(int((segments > 0).sum()) for segments, _ in rows)
+    assert used + left_out == sum(len(item.rendered.tokens) for item in ITEMS)
+
+
+def test_items_that_begin_differently_have_no_prefix() -> None:
+    items = [ITEMS[0], ITEMS[1]._replace(variant=0)]
+    assert all("prefix" not in batch for batch in evaluator.layout(items, 2).batches)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_batch_has_fewer_empty_rows_than_shards(shards: int) -> None:
+    rng, branches = np.random.default_rng(0), (np.arange(60) > 0).astype(np.int8)
+    nine = [Rendered(rng.integers(0, 99, 60).astype(np.int32), branches > 0, branches) for _ in range(9)]
+    plan = evaluator.layout([ITEMS[0]._replace(rendered=rendered) for rendered in nine], 4, shards)
+    assert plan.shape.rows % shards == 0
+    for batch in plan.batches:
+        assert (batch["segment_ids"].max(axis=1) == 0).sum() < shards
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,12 @@ A batch is a dict of [rows, length] arrays: `tokens`, `positions`, `segment_ids`
 Token i sees token j iff j <= i, both are in the same segment (0 is padding), and j is shared (sequence id 0) or in
 i's own sequence. A preference pair is one segment `[prompt | chosen | rejected]` whose two responses are blind to each
 other, with positions that restart after the prompt. Sequence ids count from 1 within a row, so that pair p of a row has
-chosen 2p+1 and rejected 2p+2.
+chosen 2p+1 and rejected 2p+2. What all examples of a row begin with may stand in it once, in the first one's segment;
+then `prefix` is true there, and all behind it see it.
 """
 
 import bisect
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -73,29 +75,47 @@ def positions_of(branches: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     return np.where(branches == 0, np.arange(len(branches)), np.arange(len(branches)) - run_start + prompt)
 
 
-def pack(examples: Sequence[Rendered], rows: Sequence[Sequence[int]], shape: Shape) -> dict[str, np.ndarray]:
+def shared_start(examples: Sequence[Rendered]) -> int:
+    """Tokens that all examples begin with alike: of their prompts, of each of which the last token is left out."""
+    prompts = [example.tokens[example.branches == 0].tolist() for example in examples]
+    alike = len(os.path.commonprefix(prompts))
+    return max(0, min(alike, *(len(prompt) - 1 for prompt in prompts)))
+
+
+def pack(
+    examples: Sequence[Rendered], rows: Sequence[Sequence[int]], shape: Shape, shared: Sequence[int] = ()
+) -> dict[str, np.ndarray]:
     """Lays examples out in rows; `rows` holds indices into `examples`, as `best_fit` returns them.
 
     Besides the batch's arrays there is `source`: int64 [rows, length, 2] with the example and the token within it
     (-1, -1 at padding), by which values known per example token are brought into the layout (`place`).
+
+    Args:
+      shared: of each row, how many tokens its examples begin with alike (`shared_start`); they stand in it once, as its
+        first example's, and the batch has `prefix`, true where they are.
     """
     grid = (shape.rows, shape.length)
     tokens, positions, segments, sequences = (np.zeros(grid, np.int32) for _ in range(4))
     mask, source = np.zeros(grid, bool), np.full((*grid, 2), -1, np.int64)
+    prefix = np.zeros(grid, bool)
     if len(rows) > shape.rows:
         raise ValueError(f"{len(rows)} rows do not fit a batch of {shape.rows}")
     for r, row in enumerate(rows):
+        once = shared[r] if shared else 0
         at = first_sequence = 0
         for segment, index in enumerate(row, start=1):
             example = examples[index]
-            part = slice(at, at + len(example.tokens))
-            tokens[r, part] = example.tokens
-            mask[r, part] = example.loss_mask
-            positions[r, part] = positions_of(example.branches)
+            start = once if at else 0
+            part = slice(at, at + len(example.tokens) - start)
+            tokens[r, part] = example.tokens[start:]
+            mask[r, part] = example.loss_mask[start:]
+            positions[r, part] = positions_of(example.branches)[start:]
             segments[r, part] = segment
-            sequences[r, part] = np.where(example.branches == 0, 0, first_sequence + example.branches)
-            source[r, part] = np.stack([np.full(len(example.tokens), index), np.arange(len(example.tokens))], axis=1)
+            sequences[r, part] = np.where(example.branches == 0, 0, first_sequence + example.branches)[start:]
+            places = np.arange(start, len(example.tokens))
+            source[r, part] = np.stack([np.full(len(places), index), places], axis=1)
             at, first_sequence = part.stop, first_sequence + int(example.branches.max())
+        prefix[r, :once] = True
         if first_sequence > shape.sequences:
             raise ValueError(f"row {r} has {first_sequence} sequences, the batch's shape allows {shape.sequences}")
     return {
@@ -105,6 +125,7 @@ def pack(examples: Sequence[Rendered], rows: Sequence[Sequence[int]], shape: Sha
         "loss_mask": mask,
         "sequence_ids": sequences,
         "source": source,
+        **({"prefix": prefix} if shared else {}),
     }
 
 

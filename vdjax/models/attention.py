@@ -51,17 +51,19 @@ def visible(
     query_sequences: Int[Array, "batch queries"],
     segment_ids: Int[Array, "batch length"],
     sequence_ids: Int[Array, "batch length"],
+    prefix: Bool[Array, "batch length"] | None = None,
 ) -> Bool[Array, "batch queries length"]:
     """Which tokens of its row a query token sees.
 
     Those of its own segment (0 is padding and sees nothing) that do not come after it, and of these the shared
-    prompt (sequence id 0) and its own sequence: the responses of a segment are blind to each other.
+    prompt (sequence id 0) and its own sequence: the responses of a segment are blind to each other. And those of
+    the row's `prefix`, which all its segments begin with.
     """
     before = query_index[:, None] >= jnp.arange(segment_ids.shape[1])
     segment, sequence = query_segments[:, :, None], query_sequences[:, :, None]
-    same_segment = (segment == segment_ids[:, None, :]) & (segment != 0)
     same_sequence = (sequence_ids[:, None, :] == 0) | (sequence_ids[:, None, :] == sequence)
-    return before & same_segment & same_sequence
+    own = (segment == segment_ids[:, None, :]) & same_sequence
+    return before & (segment != 0) & (own if prefix is None else own | prefix[:, None, :])
 
 
 def attention(
@@ -70,6 +72,7 @@ def attention(
     v: Float[Array, "batch length kv_heads dim"],
     segment_ids: Int[Array, "batch length"],
     sequence_ids: Int[Array, "batch length"] | None = None,
+    prefix: Bool[Array, "batch length"] | None = None,
     *,
     query_chunk: int = 0,
     kernels: bool = False,
@@ -81,12 +84,13 @@ def attention(
 
     Args:
       sequence_ids: None where no segment has responses that are blind to each other.
+      prefix: None where no tokens of a row are seen by all its segments.
       query_chunk: queries a block; a block reads only the keys up to its end and is recomputed in the backward pass,
         so that no [length, length] array exists and about half of the work is saved. 0 is one block, kept.
       kernels: on TPU, the splash kernels instead (`vdjax.models.splash`).
     """
     if kernels:
-        return splash.attention(q, k, v, segment_ids, sequence_ids)
+        return splash.attention(q, k, v, segment_ids, sequence_ids, prefix)
     sequence_ids = jnp.zeros_like(segment_ids) if sequence_ids is None else sequence_ids
     batch, length, heads, dim = q.shape
     kv_heads, parts = k.shape[2], parts_of("length", length)
@@ -116,6 +120,7 @@ def attention(
             of_block(sequence_ids),
             segment_ids[:, :last],
             sequence_ids[:, :last],
+            None if prefix is None else prefix[:, :last],
         )
         bias = jnp.where(mask, 0.0, MASKED).reshape(batch, parts, end - start, -1)
         apply = jax.checkpoint(block) if query_chunk else block

@@ -27,6 +27,7 @@ Source = tuple[Any, int | None]  # a parameter and, of a stacked one, the layer
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ALIGNMENT = 64  # bytes, of arrays on CPU
 READ_BYTES = 64 * 2**20  # a slice larger than this is read in parts
 
 # Our parameter -> Hugging Face tensor. Those of a layer are [in, out] here and [out, in] there.
@@ -163,7 +164,7 @@ def stack_place(readers: Sequence[Reader], abstract_params: Params, shardings: P
 
     def load(path: ParamPath, leaf: jax.ShapeDtypeStruct, axis: int, sharding: jax.sharding.Sharding) -> jax.Array:
         def read_part(bounds: Index) -> np.ndarray:
-            out = _empty(bounds, leaf.dtype)
+            out = _aligned(bounds, leaf.dtype)
             snapshots = range(bounds[axis].start, bounds[axis].stop)
             for snapshot, own in zip(snapshots, np.moveaxis(out, axis, 0), strict=True):
                 _read_into(own, readers[snapshot], path, bounds[:axis] + bounds[axis + 1 :])
@@ -291,6 +292,16 @@ def _place_parts(
 
 def _empty(bounds: Index, dtype: DTypeLike) -> np.ndarray:
     return np.empty([b.stop - b.start for b in bounds], jnp.dtype(dtype))
+
+
+def _aligned(bounds: Index, dtype: DTypeLike) -> np.ndarray:
+    """Like `_empty`, where JAX on CPU takes the memory as it is, without a copy: for arrays that no program is given to
+    change in place."""
+    shape = [b.stop - b.start for b in bounds]
+    size = math.prod(shape) * jnp.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(jnp.dtype(dtype)).reshape(shape)
 
 
 def _read_into(out: np.ndarray, reader: Reader, path: ParamPath, bounds: Index) -> None:

@@ -23,7 +23,8 @@ def predecessors(sequence_ids: Int[Array, "rows length"]) -> Int[Array, "rows le
 
 
 def hidden_states(model: Any, batch: Mapping[str, Array]) -> Float[Array, "rows length width"]:
-    return model(batch["tokens"], batch["positions"], batch["segment_ids"], batch["sequence_ids"])
+    ids = (batch["segment_ids"], batch["sequence_ids"], batch.get("prefix"))
+    return model(batch["tokens"], batch["positions"], *ids)
 
 
 def token_log_probs(

@@ -10,6 +10,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+FEW_ROWS = 64  # up to which `matmul_by_rows` exchanges its operands: with more it is no faster
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(
@@ -53,6 +55,27 @@ def _dot(a: Array, b: Array, a_axes: Sequence[int], b_axes: Sequence[int], dtype
     if np.dtype(dtype) == np.dtype(jnp.float32):
         return in_float32(a, b)
     return jax.lax.platform_dependent(a, b, cpu=in_float32, default=functools.partial(product, result=dtype))
+
+
+def matmul_by_rows(
+    x: Float[Array, "*rows inner"], kernel: Float[Array, "outer inner"], dtype: DTypeLike | None = None
+) -> Float[Array, "*rows outer"]:
+    """x @ kernel.T for a kernel that is kept with its outputs as rows; sums in float32. For inference alone.
+
+    XLA on CPU lays the right operand out anew at every product: a whole kernel, where a sampler has few rows. With the
+    operands exchanged these products take half the time.
+    """
+
+    def direct(x: Array, kernel: Array) -> Array:
+        return _dot(x, kernel, [x.ndim - 1], [1], dtype or x.dtype)
+
+    def exchanged(x: Array, kernel: Array) -> Array:
+        # Without the barrier XLA would exchange them again.
+        return jax.lax.optimization_barrier(_dot(kernel, x, [1], [1], dtype or x.dtype)).T
+
+    if x.ndim > 2 or len(x) > FEW_ROWS:
+        return direct(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=exchanged, default=direct)
 
 
 def transposed_matmul(

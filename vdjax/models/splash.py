@@ -1,9 +1,9 @@
 """Attention over packed rows by the splash kernels of JAX (Pallas, TPU): no [length, length] array in memory.
 
 The kernels mask by equal segment ids alone. Where responses share a prompt and are blind to each other, a token's keys
-are two sets of equal ids: those of its own sequence, and those of the prompt of its segment. So the kernels run once
-for each set, and the two results are joined by their log-sum-exps (Dao et al., arXiv 2205.14135, section 3.1); going
-backward the kernels take the joined one, with which the gradients of the two sets add up.
+are two sets of equal ids: those of its own sequence, and those of the prompt of its segment; a row's prefix is a third.
+So the kernels run once for each set, and the results are joined by their log-sum-exps (Dao et al., arXiv 2205.14135,
+section 3.1); going backward the kernels take the joined one, with which the gradients of the sets add up.
 
 Where rows are spread over devices along their length, each device has the queries of its part and all keys and values.
 """
@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vdjax.sharding import mesh_axes, partition_spec, parts_of
 
 Ids = kernels.SegmentIds
+SeenBy = tuple[Array, Array | None, Array | None]  # segment_ids, sequence_ids, prefix of `attention`
 QUERIES = ("batch", "heads_act", "length", None)  # axes of the kernels' arrays, [batch, heads, length, dim] ...
 KEYS = ("batch", "heads_act", None, None)  # ... and of keys and values, whole rows of them
 BLOCKS = (512, 256, 128)  # tokens a tile of the kernels; the first that divides a device's part of a row
@@ -34,6 +35,7 @@ def attention(
     v: Float[Array, "batch length kv_heads dim"],
     segment_ids: Int[Array, "batch length"],
     sequence_ids: Int[Array, "batch length"] | None,
+    prefix: Bool[Array, "batch length"] | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "batch length heads dim"]:
@@ -47,7 +49,7 @@ def attention(
     def padded(x: Array) -> Array:
         return jnp.pad(x, [(0, 0), (0, short), *[(0, 0)] * (x.ndim - 2)]) if short else x
 
-    arrays = jax.tree.map(padded, (q, k, v, segment_ids, sequence_ids))
+    arrays = jax.tree.map(padded, (q, k, v, (segment_ids, sequence_ids, prefix)))
     return _attention(interpret, *arrays)[:, :length]
 
 
@@ -61,10 +63,9 @@ def _keep(interpret: bool, *arrays: Any) -> tuple[Array, tuple[Any, ...]]:
     return out, (*arrays, out, lse)
 
 
-def _pull_back(interpret: bool, saved: tuple[Any, ...], cotangent: Array) -> tuple[Array | None, ...]:
-    q, k, v, segment_ids, sequence_ids, out, lse = saved
-    grads = backward(q, k, v, segment_ids, sequence_ids, out, lse, cotangent, interpret=interpret)
-    return *grads, None, None
+def _pull_back(interpret: bool, saved: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
+    q, k, v, seen_by, out, lse = saved
+    return *backward(q, k, v, seen_by, out, lse, cotangent, interpret=interpret), None
 
 
 _attention.defvjp(_keep, _pull_back)
@@ -74,8 +75,7 @@ def forward(
     q: Float[Array, "batch length heads dim"],
     k: Float[Array, "batch length kv_heads dim"],
     v: Float[Array, "batch length kv_heads dim"],
-    segment_ids: Int[Array, "batch length"],
-    sequence_ids: Int[Array, "batch length"] | None,
+    seen_by: SeenBy,
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "batch length heads dim"], Float[Array, "batch heads length"]]:
@@ -87,15 +87,14 @@ def forward(
     def run(kernel: Any, *arrays: Any, places: tuple[str, ...]) -> tuple[Array, Array]:
         return jax.vmap(functools.partial(_joined, kernel))(*arrays)
 
-    arrays, ids = _heads_first(q, k, v), _ids(segment_ids, sequence_ids)
+    arrays, ids = _heads_first(q, k, v), _ids(*seen_by)
     out, lse = _mapped(run, arrays, ids, outputs=(QUERIES, QUERIES[:3]), interpret=interpret)
     return out.swapaxes(1, 2), lse
 
 
 def backward(
-    q: Array, k: Array, v: Array, segment_ids: Array, sequence_ids: Array | None, out: Array, lse: Array,
-    cotangent: Array, *, interpret: bool = False,
-) -> tuple[Array, Array, Array]:  # fmt: skip
+    q: Array, k: Array, v: Array, seen_by: SeenBy, out: Array, lse: Array, cotangent: Array, *, interpret: bool = False
+) -> tuple[Array, Array, Array]:
     """Gradients of queries, keys and values."""
 
     def run(kernel: Any, *arrays: Any, places: tuple[str, ...]) -> tuple[Array, ...]:
@@ -104,7 +103,7 @@ def backward(
             of_keys = [jax.lax.psum_scatter(x, places, scatter_dimension=2, tiled=True) for x in of_keys]
         return dq, *of_keys
 
-    ids, found = _ids(segment_ids, sequence_ids), (out.swapaxes(1, 2), lse, cotangent.swapaxes(1, 2))
+    ids, found = _ids(*seen_by), (out.swapaxes(1, 2), lse, cotangent.swapaxes(1, 2))
     outputs = (QUERIES, QUERIES, QUERIES)
     grads = _mapped(run, _heads_first(q, k, v), ids, *found, outputs=outputs, interpret=interpret)
     dq, dk, dv = (x.swapaxes(1, 2) for x in grads)
@@ -116,13 +115,17 @@ def _heads_first(q: Array, k: Array, v: Array) -> tuple[Array, ...]:
     return tuple(x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
 
 
-def _ids(segment_ids: Array, sequence_ids: Array | None) -> list[Ids]:
-    """Of each pass of the kernels: a query sees the keys before it that have its id."""
-    if sequence_ids is None:
-        return [Ids(segment_ids, segment_ids)]
-    prompt = sequence_ids == 0
-    own = segment_ids * (1 + jnp.max(sequence_ids, axis=1, keepdims=True)) + sequence_ids
-    return [Ids(own, own), Ids(jnp.where(prompt, -1, segment_ids), jnp.where(prompt, segment_ids, -2))]
+def _ids(segment_ids: Array, sequence_ids: Array | None, prefix: Array | None) -> list[Ids]:
+    """Of each pass of the kernels: a query sees the keys before it that have its id. No two passes show it one key."""
+    out = [Ids(segment_ids, segment_ids)]
+    if sequence_ids is not None:
+        prompt = sequence_ids == 0
+        own = segment_ids * (1 + jnp.max(sequence_ids, axis=1, keepdims=True)) + sequence_ids
+        out = [Ids(own, own), Ids(jnp.where(prompt, -1, segment_ids), jnp.where(prompt, segment_ids, -2))]
+    if prefix is not None:
+        # The prefix is the beginning of the first segment, which sees it without this.
+        out.append(Ids(jnp.where(segment_ids > 1, 1, -1), jnp.where(prefix, 1, -2)))
+    return out
 
 
 def _mapped(

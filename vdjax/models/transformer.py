@@ -9,14 +9,14 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vdjax.errors import UserError
 from vdjax.models.attention import apply_rope, attention, rope_tables
 from vdjax.models.config import ModelConfig
 from vdjax.models.elementwise import gated, rms_norm
 from vdjax.models.lora import Lora
-from vdjax.models.products import matmul
+from vdjax.models.products import matmul, matmul_by_rows
 from vdjax.sharding import constrain, parts_of
 
 Params = dict[str, Any]
@@ -65,7 +65,7 @@ class Layer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.cfg, self.query_chunk, self.kernels, self.lora = cfg, query_chunk, kernels, lora
-        self.sum_parts = 1
+        self.sum_parts, self.kernels_by_rows = 1, False
         width, heads, kv_heads = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         self.attention_norm = _ones(width, dtype)
         self.q_proj = _normal(rngs, (width, heads), dtype, ("embed", "heads"))
@@ -88,7 +88,8 @@ class Layer(nnx.Module):
         """x times the kernel `name`, with its adapter where there is one."""
         # Rows and their places in one axis could not be spread over devices both.
         rows = x if parts_of("length", x.shape[1]) > 1 else x.reshape(-1, x.shape[-1])
-        out = product(rows, getattr(self, name)[...].astype(x.dtype), self.sum_parts)
+        kernel = getattr(self, name)[...].astype(x.dtype)
+        out = matmul_by_rows(rows, kernel) if self.kernels_by_rows else product(rows, kernel, self.sum_parts)
         if self.lora and name in self.lora.targets:
             a, b = (getattr(self, f"{name}_lora_{side}")[...].astype(x.dtype) for side in "ab")
             out += matmul(matmul(rows, a), b) * (self.lora.alpha / self.lora.rank)
@@ -111,10 +112,8 @@ class Layer(nnx.Module):
             k = rms_norm(k, self.k_norm[...], cfg.rms_norm_eps)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
-    def attention(
-        self, q: Array, k: Array, v: Array, segment_ids: Array, sequence_ids: Array | None = None
-    ) -> Float[Array, "batch length heads dim"]:
-        return attention(q, k, v, segment_ids, sequence_ids, query_chunk=self.query_chunk, kernels=self.kernels)
+    def attention(self, q: Array, k: Array, v: Array, *ids: Any) -> Float[Array, "batch length heads dim"]:
+        return attention(q, k, v, *ids, query_chunk=self.query_chunk, kernels=self.kernels)
 
     def after_attention(
         self, x: Float[Array, "batch length width"], mixed: Float[Array, "batch length heads dim"]
@@ -128,7 +127,7 @@ class Layer(nnx.Module):
         return constrain(x + self.linear(inner, "down_proj"), ("batch", "length", "embed_act"))
 
     def __call__(
-        self, x: Float[Array, "batch length width"], cos: Array, sin: Array, ids: tuple[Array, Array]
+        self, x: Float[Array, "batch length width"], cos: Array, sin: Array, ids: tuple[Any, ...]
     ) -> Float[Array, "batch length width"]:
         q, k, v = self.attention_inputs(x, cos, sin)
         return self.after_attention(x, self.attention(q, k, v, *ids))
@@ -194,6 +193,7 @@ class Transformer(nnx.Module):
         positions: Int[Array, "batch length"],
         segment_ids: Int[Array, "batch length"],
         sequence_ids: Int[Array, "batch length"] | None = None,
+        prefix: Bool[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length width"]:
         """Hidden states after the final norm, in the compute dtype.
 
@@ -203,6 +203,7 @@ class Transformer(nnx.Module):
           segment_ids: 0 is padding; tokens see only their own segment (`vdjax.models.attention.visible`).
           sequence_ids: within a segment 0 is the shared prompt, other ids are responses blind to each other; None
             is all 0.
+          prefix: true at tokens that all behind them in the row see; None is nowhere.
         """
         sequence_ids = jnp.zeros_like(segment_ids) if sequence_ids is None else sequence_ids
         x = self.embedded(tokens)
@@ -210,7 +211,7 @@ class Transformer(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
 
         def apply_layer(x: Array, params: Params) -> tuple[Array, None]:
-            return nnx.merge(graphdef, params)(x, cos, sin, (segment_ids, sequence_ids)), None
+            return nnx.merge(graphdef, params)(x, cos, sin, (segment_ids, sequence_ids, prefix)), None
 
         if self.remat != "none":
             policies = jax.checkpoint_policies
@@ -245,7 +246,7 @@ class Transformer(nnx.Module):
     def project(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """Float32 logits of hidden states: inputs in the compute dtype, sums in float32."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        return matmul(rows, self.table.astype(hidden.dtype).T, jnp.float32).reshape(*hidden.shape[:-1], -1)
+        return matmul_by_rows(rows, self.table.astype(hidden.dtype), jnp.float32).reshape(*hidden.shape[:-1], -1)
 
     def logits(
         self,

@@ -209,8 +209,8 @@ def snapshot_evaluator(work: Work) -> Lowered:
     )
     stacked = loop.placed(own, evaluator.stacked_shardings(model, mesh))
     batch = {
-        name: jax.ShapeDtypeStruct(shape[:2], bool if name == "loss_mask" else np.int32)
-        for name in ("tokens", "positions", "segment_ids", "loss_mask", "sequence_ids")
+        name: jax.ShapeDtypeStruct(shape[:2], bool if name in ("loss_mask", "prefix") else np.int32)
+        for name in ("tokens", "positions", "segment_ids", "loss_mask", "sequence_ids", "prefix")
     }
     batch = loop.placed(batch, dict.fromkeys(batch, sharding.rows_sharding(mesh, 2)))
     with jax.set_mesh(mesh):

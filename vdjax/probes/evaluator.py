@@ -31,19 +31,38 @@ class Layout(NamedTuple):
     shape: packing.Shape
 
 
-def layout(items: Sequence[Item], rows: int) -> Layout:
-    """Packs all items, best fit first, into batches of `rows` rows."""
-    sizes = [len(item.rendered.tokens) for item in items]
-    lengths = packing.row_lengths(max(sizes))
-    length = min(lengths, key=lambda n: len(packing.best_fit(sizes, n)) * packing.row_cost(n))
-    packed = packing.best_fit(sizes, length)
-    answers = [int(item.rendered.branches.max()) for item in items]
-    shape = packing.Shape(rows, length, max(sum(answers[i] for i in row) for row in packed))
+def layout(items: Sequence[Item], rows: int, shards: int = 1) -> Layout:
+    """Packs all items, best fit first, into batches of at most `rows` rows, a multiple of `shards`.
+
+    What the items of a row begin with alike, such as a chat template's beginning, stands in it once. Rows are of items
+    of any variant or of one, whose system prompt is then shared too, whichever takes less time.
+    """
+    rendered = [item.rendered for item in items]
+    sizes = np.array([len(r.tokens) for r in rendered])
+    variants = np.array([item.variant for item in items])
+    groupings = [[np.arange(len(items))], [np.flatnonzero(variants == v) for v in np.unique(variants)]]
+    plans = []
+    for groups in groupings:
+        shared = [packing.shared_start([rendered[i] for i in group]) for group in groups]
+        shortest = packing.row_lengths(int(sizes.max()))[0]
+        for length in range(shortest, 4 * shortest + 1, packing.LENGTH_MULTIPLE):
+            packed = [
+                ([int(group[i]) for i in row], once)
+                for group, once in zip(groups, shared, strict=True)
+                for row in packing.best_fit((sizes[group] - once).tolist(), length - once)
+            ]
+            count = math.ceil(len(packed) / rows)  # of batches
+            each = math.ceil(len(packed) / count / shards) * shards
+            plans.append((count * each * packing.row_cost(length), length, each, packed))
+    _, length, rows, packed = min(plans, key=lambda plan: plan[0])
+    answers = [int(r.branches.max()) for r in rendered]
+    shape = packing.Shape(rows, length, max(sum(answers[i] for i in row) for row, _ in packed))
     batches: list[dict[str, np.ndarray]] = []
     places = np.zeros((len(items), 3), np.int64)
     for start in range(0, len(packed), rows):
-        part = packed[start : start + rows]
-        batch = packing.pack([item.rendered for item in items], part, shape)
+        part = [row for row, _ in packed[start : start + rows]]
+        shared = [once for _, once in packed[start : start + rows]] if any(once for _, once in packed) else []
+        batch = packing.pack(rendered, part, shape, shared)
         batch.pop("source")
         for r, row in enumerate(part):
             firsts = np.cumsum([0] + [answers[i] for i in row])
@@ -195,7 +214,7 @@ def evaluate(
     parts = groups(len(readers), model, memory_bytes, copies)
     mesh = mesh if model.lora else evaluator_mesh(mesh, len(parts[0]))
     shards = sharding.batch_shards(mesh)
-    plan = layout(items, -(-(rows or 4 * shards) // shards) * shards)
+    plan = layout(items, -(-(rows or 4 * shards) // shards) * shards, shards)
     most = max(len(item.answers) for item in items)
     sums = np.zeros((len(readers), len(items), most), np.float32)
     batch_of, row_of, first = plan.places.T

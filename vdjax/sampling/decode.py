@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from vdjax.models.attention import cached_attention, rope_tables
 from vdjax.models.elementwise import rms_norm
-from vdjax.models.transformer import Params, Transformer
+from vdjax.models.transformer import Layer, Params, Transformer
 from vdjax.sampling.choose import choose
 from vdjax.sharding import constrain
 
@@ -64,16 +64,27 @@ class State(NamedTuple):
 def unstacked(graphdef: nnx.GraphDef, params: Params) -> list[Params]:
     """One tree of parameters a layer, matrices in the compute dtype; all share those that are of no layer.
 
-    Out of a stack, the token loop would copy each layer's weights at every token.
+    Out of a stack, the token loop would copy each layer's weights at every token. Layers' kernels are [out, in]
+    (`matmul_by_rows`).
     """
     dtype = nnx.merge(graphdef, params).compute_dtype
 
     def cast(leaf: Array) -> Array:
         return leaf.astype(dtype) if leaf.ndim > 1 else leaf
 
+    def of_layer(i: int) -> Params:
+        leaves = {name: cast(leaf[i]) for name, leaf in params["layers"].items()}
+        return {name: leaf.T if name.endswith("_proj") else leaf for name, leaf in leaves.items()}
+
     shared = jax.tree.map(cast, {name: leaf for name, leaf in params.items() if name != "layers"})
-    count = len(params["layers"]["attention_norm"])
-    return [shared | {"layers": jax.tree.map(lambda x, i=i: cast(x[i]), params["layers"])} for i in range(count)]
+    return [shared | {"layers": of_layer(i)} for i in range(len(params["layers"]["attention_norm"]))]
+
+
+def layer_of(graphdef: nnx.GraphDef, params: Params) -> Layer:
+    """The layer of one tree of `unstacked`."""
+    layer = nnx.merge(graphdef, params).layers
+    layer.kernels_by_rows = True
+    return layer
 
 
 def row_keys(seeds: UInt32[Array, "rows parts"]) -> Array:
@@ -103,7 +114,7 @@ def prefill(
     no_room, room = (0, 0), (0, max_new_tokens - 1)
     cache = []
     for params in layers:
-        layer = nnx.merge(graphdef, params).layers
+        layer = layer_of(graphdef, params)
         q, k, v = layer.attention_inputs(x, cos, sin)
         mixed = layer.attention(q, k, v, segments)
         x = layer.after_attention(x, mixed)
@@ -130,7 +141,7 @@ def forward(
     x = model.embedded(state.last[:, None])
     cache = []
     for params, (keys, values) in zip(layers, state.cache, strict=True):
-        layer = nnx.merge(graphdef, params).layers
+        layer = layer_of(graphdef, params)
         q, k, v = layer.attention_inputs(x, cos, sin)
         keys = jax.lax.dynamic_update_slice_in_dim(keys, k.transpose(0, 2, 3, 1), slot, axis=3)
         values = jax.lax.dynamic_update_slice_in_dim(values, v.transpose(0, 2, 1, 3), slot, axis=2)

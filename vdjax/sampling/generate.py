@@ -109,13 +109,18 @@ def filtered(sampling: Sampling) -> bool:
 
 
 def bucket(length: int) -> int:
-    """The padded width of prompts of at most `length` tokens: four widths from one power of two to the next."""
-    step = max(16, 2 ** ((length - 1).bit_length() - 3))
-    return -(-length // step) * step
+    """The padded width of prompts of at most `length` tokens, at least 16."""
+    return rounded(length, 16)
+
+
+def rounded(number: int, least: int) -> int:
+    """Up to the next of four sizes from one power of two to the next; to multiples of `least` where these are fewer."""
+    step = max(least, 2 ** ((number - 1).bit_length() - 3))
+    return -(-number // step) * step
 
 
 def layout(prompts: Sequence[Sequence[int]], seeds: np.ndarray, shape: tuple[int, int], groups: int = 1) -> Prompts:
-    """A batch of `shape` [rows, width]: each group's prompts packed into a multiple of a quarter of its rows.
+    """A batch of `shape` [rows, width]: each group's prompts packed into a multiple of an eighth of its rows.
 
     Equal prompts of a group are packed once. Rows without a prompt have the length 0.
     """
@@ -123,7 +128,7 @@ def layout(prompts: Sequence[Sequence[int]], seeds: np.ndarray, shape: tuple[int
     parts = [[tuple(prompt) for prompt in prompts[start : start + each]] for start in range(0, rows, each)]
     distinct = [list(dict.fromkeys(part)) for part in parts]
     packs = [packing.best_fit([len(prompt) for prompt in part], width) for part in distinct]
-    step = max(1, each // 4)
+    step = max(1, each // 8)
     grid = (groups, -(-max(map(len, packs)) // step) * step, width)
     tokens, positions, segments = (np.zeros(grid, np.int32) for _ in range(3))
     places, lengths = np.zeros((groups, each, width), np.int32), np.zeros(rows, np.int32)
@@ -152,7 +157,7 @@ def batches_of(lengths: Sequence[int], rows: int, shards: int) -> Iterator[tuple
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     count = math.ceil(len(order) / rows)
     size = math.ceil(len(order) / max(count, 1) / shards)
-    size = min(2 ** (size - 1).bit_length() * shards, math.ceil(rows / shards) * shards)
+    size = min(rounded(max(size, 1), 1), math.ceil(rows / shards)) * shards
     for start in range(0, len(order), size):
         places = order[start : start + size]
         yield places, (size, bucket(lengths[places[0]]))
