@@ -241,9 +241,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_examples(tiny_dat
 def test_going_on_with_other_data_is_refused(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Stopped while steps are long, so that none waits behind the one that is logged."""
     folder = shutil.copytree(tiny_data, tmp_path / "data")
     config = configs.load(tiny.config_spec(folder))
     log_step = loop.MetricsLog.step
+    monkeypatch.setattr(loop, "LONG_STEP", 0.0)
 
     def stop_after_two(self: loop.MetricsLog, step: int, values: dict[str, float]) -> None:
         log_step(self, step, values)
@@ -251,7 +253,7 @@ def test_going_on_with_other_data_is_refused(
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(loop.MetricsLog, "step", stop_after_two)
-    with pytest.raises(loop.Interrupted, match="sft: stopped at step 3 of 6"):
+    with pytest.raises(loop.Interrupted, match="sft: stopped at step 2 of 6"):
         experiment.run(config, tmp_path / "run", "COMMAND")
     lines = (folder / "sft.jsonl").read_text().splitlines()
     (folder / "sft.jsonl").write_text("\n".join([*lines[1:], lines[0]]) + "\n")
@@ -259,6 +261,7 @@ def test_going_on_with_other_data_is_refused(
         experiment.run(config, tmp_path / "run", "COMMAND")
 
 
+@tiny.SLOW
 def test_adapters_through_a_whole_experiment(tiny_data: Path, tmp_path: Path) -> None:
     """Snapshots hold adapters alone; a stage starts from what the one before it merges to, which is its reference."""
     overrides = [f"--config.{stage}.{field}" for stage in STAGES for field in ("lora.rank=2", "epochs=1")]

@@ -26,7 +26,7 @@ from vdjax.train import supervised
 from vdjax.train.losses import LossSpec
 from vdjax.train.plan import StagePlan
 from vdjax.train.stage import BESIDE, Update
-from vdjax.train.step import TrainState, make_train_step
+from vdjax.train.step import TrainState, make_train_step, on_used_rows
 
 PAIRS = tiny.dataset(tiny.preference_examples(3, 7))
 DOCUMENTS = tiny.dataset(tiny.sft_examples(4, 14))
@@ -345,3 +345,13 @@ def test_adapters_alone_are_trained(qwen: tuple[Model, Any], cases: dict[str, Ca
         for side in "ab":
             moved = adapters["layers"][f"{name}_lora_{side}"] - state.params["layers"][f"{name}_lora_{side}"]
             np.testing.assert_allclose(moved, want[side], rtol=0, atol=1e-5 * float(jnp.abs(want[side]).max() + 1))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+def test_no_more_rows_are_computed_than_the_next_size_that_holds_those_in_use(rows: int) -> None:
+    sizes = {-(-rows // 2), -(-3 * rows // 4), rows}
+    for used in range(rows + 1):
+        segments = (np.arange(rows) < used)[:, None] * np.ones((1, 3), np.int32)
+        parts = ({"tokens": segments, "segment_ids": segments, "loss_mask": segments > 0}, None)
+        computed = jax.jit(lambda parts: on_used_rows(lambda x: jnp.int32(len(x[0]["tokens"])), parts, jnp.int32(-1)))
+        assert computed(parts) == (min(size for size in sizes if size >= used) if used else -1)

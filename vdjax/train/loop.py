@@ -23,6 +23,8 @@ from vdjax.train.optimizer import make_optimizer, schedule
 from vdjax.train.stage import Facts, Stage, Trainer, Update, fresh_state, shares_trunk, state_shardings
 from vdjax.train.step import TrainState
 
+LONG_STEP = 5.0  # seconds: from here on none waits behind a step, since a stop would wait for both of them
+
 
 class Interrupted(Exception):
     """A signal asked to stop; a resume point has been written."""
@@ -186,11 +188,11 @@ def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool
     stop_now = hosts.stop_vote(stage.mesh)
     say(f"{stage.name}: {'goes on from' if step else 'begins at'} step {step} of {total}")
     pending: list[tuple[int, Any, Facts]] = []
-    last = time.perf_counter()
+    last, seconds = time.perf_counter(), 0.0
 
     def flush(behind: int = 0) -> None:
         """Logs the steps not yet looked at, but for the newest `behind`."""
-        nonlocal last
+        nonlocal last, seconds
         while len(pending) > behind:
             at, metrics, facts = pending.pop(0)
             values = {k: float(v) for k, v in jax.device_get(metrics).items()}
@@ -218,7 +220,7 @@ def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool
             state, metrics, facts = trainer.advance(state, step)
             step += 1
             pending.append((step, metrics, facts))
-            flush(trainer.behind)
+            flush(trainer.behind if seconds < LONG_STEP else 0)
             stopping = stop_now(stop_requested())  # once a step, so that whoever stops has written a resume point
             due = step % stage.resume_every == 0 or stopping or step == total
             if due or step in plan.snapshot_steps or (config.eval_every and step % config.eval_every == 0):

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from vdjax.models import log_probs as lp
 from vdjax.models.lora import join
 from vdjax.objectives import OBJECTIVES
+from vdjax.sharding import parts_of
 from vdjax.train.losses import (
     Batch,
     Counts,
@@ -44,8 +45,8 @@ def make_train_step(
     The batch is [microbatches, rows, length]; gradients are summed over microbatches, each already divided by the
     whole batch's counts, so they do not depend on how the batch is cut. Objectives that look at the whole batch take
     a forward pass more: from it comes the slope of the loss by each response's value, then that of the parameters.
-    Microbatches without a token are skipped. A step whose loss or gradient is not finite leaves parameters and
-    optimizer as they were and says so in `finite`.
+    Microbatches without a token are skipped, and empty rows of others where that is possible (`on_used_rows`). A step
+    whose loss or gradient is not finite leaves parameters and optimizer as they were and says so in `finite`.
     """
 
     def loss(params: Any, part: Batch, slopes: Any, counts: Counts) -> tuple[Array, Metrics]:
@@ -65,15 +66,16 @@ def make_train_step(
             return jax.grad(lambda params: loss(join(frozen, params), part, slopes, counts), has_aux=True)(state.params)
 
         def add(total: Any, parts: tuple[Batch, Any]) -> tuple[Any, None]:
-            def run(total: Any) -> Any:
+            def run(parts: tuple[Batch, Any]) -> Any:
                 return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, loss_grad(*parts))
 
-            return jax.lax.cond(parts[0]["loss_mask"].any(), run, lambda total: total, total), None
+            return on_used_rows(run, parts, total), None
 
         parts = (dict(batch), slopes)
         first = jax.tree.map(lambda x: x[0], parts)
         if len(batch["tokens"]) == 1:  # nothing to add up: no second copy of the gradients
-            grads, metrics = jax.tree.map(lambda x: x.astype(jnp.float32), loss_grad(*first))
+            found = on_used_rows(lambda parts: loss_grad(*parts), first)
+            grads, metrics = jax.tree.map(lambda x: x.astype(jnp.float32), found)
         else:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(loss_grad, *first))
             (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
@@ -94,6 +96,28 @@ def make_train_step(
         return state, metrics | counts | {"grad_norm": grad_norm, "finite": finite}
 
     return train_step
+
+
+def on_used_rows(run: Callable[[Any], Any], parts: tuple[Batch, Any], nothing: Any = None) -> Any:
+    """`run` on a microbatch without its empty rows, which are the last ones.
+
+    A few numbers of rows are compiled for; one alone where rows are spread over devices.
+
+    Args:
+      nothing: given for a microbatch without a token; None runs it all the same.
+    """
+    rows = len(parts[0]["tokens"])
+    sizes = [rows] if parts_of("batch", rows) > 1 else sorted({-(-rows * quarters // 4) for quarters in (2, 3, 4)})
+    used = jnp.max(jnp.where((parts[0]["segment_ids"] > 0).any(axis=1), jnp.arange(1, rows + 1), 0))
+    branch = jnp.searchsorted(jnp.array(sizes), used)
+
+    def of_first(size: int) -> Callable[[], Any]:
+        return lambda: run(jax.tree.map(lambda x: x[:size], parts))
+
+    branches = [*map(of_first, sizes)]
+    if nothing is None:
+        return jax.lax.switch(branch, branches)
+    return jax.lax.switch(jnp.where(parts[0]["loss_mask"].any(), 1 + branch, 0), [lambda: nothing, *branches])
 
 
 def make_eval_step(spec: LossSpec) -> Callable[[Any, dict[str, Array], Batch], Metrics]:
