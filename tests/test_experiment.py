@@ -247,13 +247,13 @@ def test_going_on_with_other_data_is_refused(
     log_step = loop.MetricsLog.step
     monkeypatch.setattr(loop, "LONG_STEP", 0.0)
 
-    def stop_after_two(self: loop.MetricsLog, step: int, values: dict[str, float]) -> None:
+    def stop_after_four(self: loop.MetricsLog, step: int, values: dict[str, float]) -> None:
         log_step(self, step, values)
-        if step == 2:
+        if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop.MetricsLog, "step", stop_after_two)
-    with pytest.raises(loop.Interrupted, match="sft: stopped at step 2 of 6"):
+    monkeypatch.setattr(loop.MetricsLog, "step", stop_after_four)
+    with pytest.raises(loop.Interrupted, match="sft: stopped at step 4 of 6"):
         experiment.run(config, tmp_path / "run", "COMMAND")
     lines = (folder / "sft.jsonl").read_text().splitlines()
     (folder / "sft.jsonl").write_text("\n".join([*lines[1:], lines[0]]) + "\n")

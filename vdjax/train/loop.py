@@ -188,7 +188,7 @@ def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool
     stop_now = hosts.stop_vote(stage.mesh)
     say(f"{stage.name}: {'goes on from' if step else 'begins at'} step {step} of {total}")
     pending: list[tuple[int, Any, Facts]] = []
-    last, seconds = time.perf_counter(), 0.0
+    begun, last, seconds = step, time.perf_counter(), 0.0
 
     def flush(behind: int = 0) -> None:
         """Logs the steps not yet looked at, but for the newest `behind`."""
@@ -220,7 +220,8 @@ def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool
             state, metrics, facts = trainer.advance(state, step)
             step += 1
             pending.append((step, metrics, facts))
-            flush(trainer.behind if seconds < LONG_STEP else 0)
+            long = seconds >= LONG_STEP and step > begun + 3  # the first ones' seconds are those of compilation too
+            flush(0 if long else trainer.behind)
             stopping = stop_now(stop_requested())  # once a step, so that whoever stops has written a resume point
             due = step % stage.resume_every == 0 or stopping or step == total
             if due or step in plan.snapshot_steps or (config.eval_every and step % config.eval_every == 0):
