@@ -40,11 +40,13 @@ def layout(items: Sequence[Item], rows: int, shards: int = 1) -> Layout:
     rendered = [item.rendered for item in items]
     sizes = np.array([len(r.tokens) for r in rendered])
     variants = np.array([item.variant for item in items])
-    groupings = [[np.arange(len(items))], [np.flatnonzero(variants == v) for v in np.unique(variants)]]
+    groupings = [[np.arange(len(items))]]
+    if len(set(variants)) > 1:
+        groupings.append([np.flatnonzero(variants == v) for v in np.unique(variants)])
+    shortest = packing.row_lengths(int(sizes.max()))[0]
     plans = []
     for groups in groupings:
         shared = [packing.shared_start([rendered[i] for i in group]) for group in groups]
-        shortest = packing.row_lengths(int(sizes.max()))[0]
         for length in range(shortest, 4 * shortest + 1, packing.LENGTH_MULTIPLE):
             packed = [
                 ([int(group[i]) for i in row], once)
@@ -57,12 +59,13 @@ def layout(items: Sequence[Item], rows: int, shards: int = 1) -> Layout:
     _, length, rows, packed = min(plans, key=lambda plan: plan[0])
     answers = [int(r.branches.max()) for r in rendered]
     shape = packing.Shape(rows, length, max(sum(answers[i] for i in row) for row, _ in packed))
+    prefixes = [once for _, once in packed]
+    prefixes = prefixes if any(prefixes) else []
     batches: list[dict[str, np.ndarray]] = []
     places = np.zeros((len(items), 3), np.int64)
     for start in range(0, len(packed), rows):
         part = [row for row, _ in packed[start : start + rows]]
-        shared = [once for _, once in packed[start : start + rows]] if any(once for _, once in packed) else []
-        batch = packing.pack(rendered, part, shape, shared)
+        batch = packing.pack(rendered, part, shape, prefixes[start : start + rows])
         batch.pop("source")
         for r, row in enumerate(part):
             firsts = np.cumsum([0] + [answers[i] for i in row])
