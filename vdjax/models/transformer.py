@@ -31,8 +31,6 @@ def product(
     x: Float[Array, "*rows inner"], kernel: Float[Array, "inner outer"], parts: int
 ) -> Float[Array, "*rows outer"]:
     """x @ kernel, with the sum over `inner` taken in `parts` parts: more of them round less and take longer."""
-    if parts == 1:
-        return matmul(x, kernel)
     pieces = zip(jnp.array_split(x, parts, axis=-1), jnp.array_split(kernel, parts, axis=0), strict=True)
     return sum((matmul(a, b) for a, b in pieces), start=jnp.zeros((), x.dtype))
 
@@ -65,7 +63,7 @@ class Layer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.cfg, self.query_chunk, self.kernels, self.lora = cfg, query_chunk, kernels, lora
-        self.sum_parts, self.kernels_by_rows = 1, False
+        self.product = matmul  # of rows and a kernel; set anew where kernels are kept, or sums taken, in another way
         width, heads, kv_heads = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         self.attention_norm = _ones(width, dtype)
         self.q_proj = _normal(rngs, (width, heads), dtype, ("embed", "heads"))
@@ -89,7 +87,7 @@ class Layer(nnx.Module):
         # Rows and their places in one axis could not be spread over devices both.
         rows = x if parts_of("length", x.shape[1]) > 1 else x.reshape(-1, x.shape[-1])
         kernel = getattr(self, name)[...].astype(x.dtype)
-        out = matmul_by_rows(rows, kernel) if self.kernels_by_rows else product(rows, kernel, self.sum_parts)
+        out = self.product(rows, kernel)
         if self.lora and name in self.lora.targets:
             a, b = (getattr(self, f"{name}_lora_{side}")[...].astype(x.dtype) for side in "ab")
             out += matmul(matmul(rows, a), b) * (self.lora.alpha / self.lora.rank)
@@ -284,7 +282,7 @@ def _logits(graphdef: nnx.GraphDef, params: Params, tokens: Array, positions: Ar
         return model.project(model(tokens, positions, segment_ids))
     # Nobody waits for these logits, but they are compared: make them as good as float32 can be on any device.
     with jax.default_matmul_precision("highest"):
-        model.layers.sum_parts = SUM_PARTS
+        model.layers.product = functools.partial(product, parts=SUM_PARTS)
         hidden = model(tokens, positions, segment_ids)
         rows = product(hidden.reshape(-1, hidden.shape[-1]), model.table.astype(jnp.float32).T, SUM_PARTS)
     return rows.reshape(*tokens.shape, -1)

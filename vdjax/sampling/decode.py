@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from vdjax.models.attention import cached_attention, rope_tables
 from vdjax.models.elementwise import rms_norm
+from vdjax.models.products import matmul_by_rows
 from vdjax.models.transformer import Layer, Params, Transformer
 from vdjax.sampling.choose import choose
 from vdjax.sharding import constrain
@@ -83,7 +84,7 @@ def unstacked(graphdef: nnx.GraphDef, params: Params) -> list[Params]:
 def layer_of(graphdef: nnx.GraphDef, params: Params) -> Layer:
     """The layer of one tree of `unstacked`."""
     layer = nnx.merge(graphdef, params).layers
-    layer.kernels_by_rows = True
+    layer.product = matmul_by_rows
     return layer
 
 
