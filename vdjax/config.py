@@ -73,7 +73,7 @@ def experiment() -> ConfigDict:
     # measure the noise of sampling
     c.probes.judges = ()  # names of judges (below) of the responses
     c.probes.rows = 0  # rows a call of the evaluator; 0: four for each batch shard
-    c.probes.memory_gb = 0.0  # for snapshots held at once on all devices together; 0: half of what there is
+    c.probes.memory_gb = 0.0  # for snapshots held at once on all devices; 0: half of it, on CPU for one a device
     c.probes.max_length = 512  # tokens of a probe with its chat template and longest answer
 
     c.judges = ConfigDict()  # by name, each made by `judge`
@@ -174,7 +174,7 @@ def stage(objective: str, **fields: Any) -> ConfigDict:
     c.rollout.top_k = 0
     c.rollout.epochs = 1  # passes over a step's responses ...
     c.rollout.minibatches = 1  # ... in so many updates each
-    c.rollout.rows = 0  # responses sampled at a time; 0: 32 for each batch shard
+    c.rollout.rows = 0  # responses sampled at a time; 0: 32 for each batch shard, on CPU 64
 
     c.reward = ConfigDict()  # of those responses
     c.reward.model = ""  # a reward_model stage, or the directory or hub id of a sequence-classification model

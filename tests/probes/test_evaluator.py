@@ -98,10 +98,20 @@ def test_groups_of_any_size_give_the_brute_force_sums(
 
 
 def test_one_at_a_time_gives_the_same(llama: tuple[Model, Any], snapshots: list[Any], expected: np.ndarray) -> None:
-    together, counts = evaluate(llama[0], snapshots)
+    together, counts = evaluate(llama[0], snapshots, memory_bytes=3 * size_of(llama[0]))
     for k in range(3):
         alone, _ = evaluate(llama[0], snapshots[k : k + 1])
         np.testing.assert_allclose((together[k] - alone[0]) / np.maximum(counts, 1), 0, atol=1e-5)
+
+
+def test_by_default_a_cpu_scores_one_snapshot_at_a_time(
+    llama: tuple[Model, Any], snapshots: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, held = evaluator.load, []
+    monkeypatch.setattr(evaluator, "load", lambda readers, *where: held.append(len(readers)) or load(readers, *where))
+    evaluate(llama[0], snapshots)
+    evaluate(llama[0], snapshots, memory_bytes=3 * size_of(llama[0]))
+    assert held == [1, 1, 1, 3]
 
 
 @settings(max_examples=60, deadline=None)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from vdjax.models.products import matmul, transposed_matmul
+from vdjax.models.products import matmul, matmul_by_rows, transposed_matmul
 from vdjax.sharding import mesh_axes, partition_spec
 
 TILE_BYTES = 2**28  # of a tile of the table, in float32, where it comes from several devices
@@ -143,7 +143,7 @@ def _whole(layout: Layout, tile: Array, dtype: Any) -> Float[Array, "tile width"
 
 
 def _logits(head: Head, states: Array, tile: Array) -> Float[Array, "chunk tile"]:
-    return matmul(states, tile.T, jnp.float32) / head.temperature
+    return matmul_by_rows(states, tile, jnp.float32) / head.temperature
 
 
 def _at_target(logits: Array, target: Array, first: Array) -> Bool[Array, "chunk tile"]:

@@ -80,13 +80,16 @@ def own_params(model: Model) -> Any:
     return trained_part(model, model.params)
 
 
-def groups(snapshots: int, model: Model, memory_bytes: float, copies: int = 1) -> list[list[int]]:
+def groups(
+    snapshots: int, model: Model, memory_bytes: float, copies: int = 1, most: int | None = None
+) -> list[list[int]]:
     """Snapshot indices of each group that is held at once; all groups have one size, the last repeats its last index.
 
     Args:
       memory_bytes: for the parameters on all devices: those of each snapshot, and once those that adapters share. 0:
         half of what there is, and at least one snapshot, since what is free for a moment says little.
       copies: of each parameter among the devices.
+      most: snapshots of a group, however many fit.
 
     Raises:
       UserError: not even one snapshot fits.
@@ -102,7 +105,9 @@ def groups(snapshots: int, model: Model, memory_bytes: float, copies: int = 1) -
             f"probes.memory_gb: {memory_bytes / 1e9:.2f} GB hold no snapshot of {one / 1e9:.2f} GB{beside}; raise it, "
             "or use more devices"
         )
-    count = -(-snapshots // (min(fits, MOST_ADAPTERS) if model.lora else fits))
+    if most is None:
+        most = MOST_ADAPTERS if model.lora else fits
+    count = -(-snapshots // min(fits, most))
     size = -(-snapshots // count)
     indices = [min(i, snapshots - 1) for i in range(count * size)]
     return [indices[i : i + size] for i in range(0, len(indices), size)]
@@ -207,14 +212,17 @@ def evaluate(
       readers: one a snapshot (`snapshots.open_reader`, `hf.open_reader`), of `own_params`.
       base: where the model has adapters, the other parameters, laid out on `mesh`; they are used where they are.
       rows: rows a call; 0 takes four for each batch shard.
-      memory_bytes: for the parameters held at once on all devices; 0 takes half of what there is.
+      memory_bytes: for the parameters held at once on all devices; 0 takes half of what there is, on CPU one snapshot a
+        device: the activations of several fall out of its caches, and took a fifth longer.
 
     Returns:
       sums: float32 [snapshots, items, answers], log-probs in nats; answers that an item lacks are 0.
       counts: int64 [items, answers], scored tokens.
     """
     copies = mesh.shape["data"] if model.lora else 1
-    parts = groups(len(readers), model, memory_bytes, copies)
+    alone = jax.default_backend() == "cpu" and not memory_bytes and not model.lora
+    most = mesh.size // mesh.shape["tensor"] if alone else None
+    parts = groups(len(readers), model, memory_bytes, copies, most)
     mesh = mesh if model.lora else evaluator_mesh(mesh, len(parts[0]))
     shards = sharding.batch_shards(mesh)
     plan = layout(items, -(-(rows or 4 * shards) // shards) * shards, shards)

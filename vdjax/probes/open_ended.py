@@ -30,7 +30,18 @@ from vdjax.probes.readouts import Variant
 from vdjax.probes.sets import Probe
 from vdjax.sampling import Samples, Sampling
 from vdjax.sampling.decode import Knobs, Prompts, decode
-from vdjax.sampling.generate import ROWS, STATIC, batches_of, bucket, check, check_rows, filtered, knobs, layout, put
+from vdjax.sampling.generate import (
+    STATIC,
+    batches_of,
+    bucket,
+    check,
+    check_rows,
+    default_rows,
+    filtered,
+    knobs,
+    layout,
+    put,
+)
 from vdjax.sampling.text import response_text
 
 SHORTEST_REPETITION = 60  # characters; "No, no, no!" is an answer
@@ -178,7 +189,8 @@ def generate(
     Args:
       model, readers, base: as in `evaluator.evaluate`: snapshots of adapters lie beside one base.
       tokens, seeds: of each prompt.
-      rows: prompts a call at most; 0 takes 32 for each batch shard. Fewer are taken where their caches lack room.
+      rows: prompts a call at most; 0 takes 32 for each batch shard, on CPU 64. Fewer are taken where their caches lack
+        room.
       memory_bytes: for the parameters held at once on all devices, of which sampling makes a second copy; the caches of
         keys and values may take half as much beside them, unless one row a batch shard takes more. 0 takes half of what
         there is.
@@ -199,7 +211,7 @@ def generate(
     shards = sharding.batch_shards(mesh)
     slots = bucket(max(map(len, tokens))) + sampling.max_new_tokens - 1
     room = int(memory / 2 // (len(parts[0]) * cache_bytes(model, slots)))
-    most = max(shards, min(rows or ROWS * shards, room // shards * shards))
+    most = max(shards, min(rows or default_rows(shards), room // shards * shards))
     batches = list(batches_of([len(prompt) for prompt in tokens], most, shards))
     shape = (len(readers), len(tokens))
     ids, log_probs = (np.zeros((*shape, sampling.max_new_tokens), dtype) for dtype in (np.int32, np.float32))

@@ -12,10 +12,10 @@ from vdjax import sharding
 from vdjax.data import packing
 from vdjax.errors import UserError
 from vdjax.models.functional import Model
-from vdjax.models.products import jit
+from vdjax.models.products import FEW_ROWS, jit
 from vdjax.sampling.decode import Knobs, Prompts, Samples, decode
 
-ROWS = 32  # of a batch, for each of the batch's shards: about where a CPU's decode stops being bound by the weights
+ROWS = 32  # of a batch, for each of the batch's shards; on CPU FEW_ROWS, the most that its fast product takes
 STATIC = ("max_new_tokens", "stop_ids", "filtered")  # arguments of `decode` that a program is compiled for
 
 
@@ -52,7 +52,7 @@ def generate(
       seeds: for each prompt one number, or a tuple of numbers (such as seed, step, example) of one length for all;
         each at least 0 and below 2^32.
       stop_ids: tokens that end a response; they are part of it. Those in a prompt do not count.
-      rows: prompts a batch; 0 takes 32 for each batch shard. Prompts of like length share a batch.
+      rows: prompts a batch; 0 takes 32 for each batch shard, on CPU 64. Prompts of like length share a batch.
       progress: wraps the loop over batches; is told their number.
 
     Returns:
@@ -71,13 +71,17 @@ def generate(
         np.zeros((len(prompts), sampling.max_new_tokens), np.float32),
         np.zeros(len(prompts), bool),
     )
-    batches = list(batches_of([len(prompt) for prompt in prompts], rows or ROWS * shards, shards))
+    batches = list(batches_of([len(prompt) for prompt in prompts], rows or default_rows(shards), shards))
     for places, shape in progress(batches, len(batches)):
         batch = put(layout([prompts[i] for i in places], numbers[places], shape, shards), mesh)
         samples = run(model, params, batch, sampling, stop_ids)
         for whole, part in zip(out, samples, strict=True):
             whole[places] = sharding.fetch(part)[: len(places)]
     return out
+
+
+def default_rows(shards: int) -> int:
+    return (FEW_ROWS if jax.default_backend() == "cpu" else ROWS) * shards
 
 
 def run(model: Model, params: Any, batch: Prompts, sampling: Sampling, stop_ids: Sequence[int]) -> Samples:
