@@ -26,7 +26,7 @@ from vdjax.train import supervised
 from vdjax.train.losses import LossSpec
 from vdjax.train.plan import StagePlan
 from vdjax.train.stage import BESIDE, Update
-from vdjax.train.step import TrainState, make_train_step, on_used_rows
+from vdjax.train.step import TrainState, make_train_step, on_used_part
 
 PAIRS = tiny.dataset(tiny.preference_examples(3, 7))
 DOCUMENTS = tiny.dataset(tiny.sft_examples(4, 14))
@@ -167,6 +167,20 @@ def test_empty_microbatches_are_skipped(qwen: tuple[Model, Any], cases: dict[str
     empty = ~batch["loss_mask"].any(axis=(1, 2))
     assert empty.any()
     batch["tokens"][empty] = 10 * tiny.VOCAB
+    state, metrics = plain_step(made, "dpo")(start(params), batch)
+    check(state, metrics, params, cases["dpo"])
+
+
+def test_padding_at_the_end_of_a_single_row_is_not_looked_at(
+    qwen: tuple[Model, Any], cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vdjax.train.step.SHORT_ROW", 0)
+    made, params = qwen
+    batch = batch_of(PAIRS, (128, 4, 1), cases["dpo"].reference)
+    sizes = np.array([64, 128])
+    computed = sizes[np.searchsorted(sizes, (batch["segment_ids"] > 0).sum(axis=(1, 2)))]
+    assert len(set(computed[batch["loss_mask"].any(axis=(1, 2))])) > 1
+    batch["tokens"][np.arange(128) >= computed[:, None, None]] = 10 * tiny.VOCAB
     state, metrics = plain_step(made, "dpo")(start(params), batch)
     check(state, metrics, params, cases["dpo"])
 
@@ -347,11 +361,28 @@ def test_adapters_alone_are_trained(qwen: tuple[Model, Any], cases: dict[str, Ca
             np.testing.assert_allclose(moved, want[side], rtol=0, atol=1e-5 * float(jnp.abs(want[side]).max() + 1))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+def computed_of(segments: np.ndarray) -> tuple[int, int]:
+    """The shape of what `on_used_part` computes of a microbatch, and of its rows' own arrays; (-1, -1): nothing."""
+    parts = ({"tokens": segments, "segment_ids": segments, "loss_mask": segments > 0}, np.zeros((len(segments), 2)))
+
+    def run(parts: Any) -> Any:
+        shape = parts[0]["tokens"].shape
+        assert len(parts[1]) == shape[0]
+        return jnp.array(shape)
+
+    return tuple(jax.jit(lambda parts: on_used_part(run, parts, jnp.array([-1, -1])))(parts).tolist())
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 7])
 def test_no_more_rows_are_computed_than_the_next_size_that_holds_those_in_use(rows: int) -> None:
     sizes = {-(-rows // 2), -(-3 * rows // 4), rows}
     for used in range(rows + 1):
         segments = (np.arange(rows) < used)[:, None] * np.ones((1, 3), np.int32)
-        parts = ({"tokens": segments, "segment_ids": segments, "loss_mask": segments > 0}, None)
-        computed = jax.jit(lambda parts: on_used_rows(lambda x: jnp.int32(len(x[0]["tokens"])), parts, jnp.int32(-1)))
-        assert computed(parts) == (min(size for size in sizes if size >= used) if used else -1)
+        assert computed_of(segments) == ((min(s for s in sizes if s >= used), 3) if used else (-1, -1))
+
+
+@pytest.mark.parametrize(("length", "sizes"), [(30, {30}), (256, {256}), (320, {192, 256, 320})])
+def test_a_single_row_is_computed_up_to_the_next_size_that_holds_its_tokens(length: int, sizes: set[int]) -> None:
+    for used in range(0, length + 1, 5):
+        segments = (np.arange(length) < used)[None].astype(np.int32)
+        assert computed_of(segments) == ((1, min(s for s in sizes if s >= used)) if used else (-1, -1))

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from vdjax.data.packing import LENGTH_MULTIPLE
 from vdjax.models import log_probs as lp
 from vdjax.models.lora import join
 from vdjax.objectives import OBJECTIVES
@@ -26,6 +27,8 @@ from vdjax.train.losses import (
     sequence_values,
     shares,
 )
+
+SHORT_ROW = 256  # tokens up to which a single row is computed whole: each size is a program to compile
 
 
 class TrainState(NamedTuple):
@@ -45,8 +48,8 @@ def make_train_step(
     The batch is [microbatches, rows, length]; gradients are summed over microbatches, each already divided by the
     whole batch's counts, so they do not depend on how the batch is cut. Objectives that look at the whole batch take
     a forward pass more: from it comes the slope of the loss by each response's value, then that of the parameters.
-    Microbatches without a token are skipped, and empty rows of others where that is possible (`on_used_rows`). A step
-    whose loss or gradient is not finite leaves parameters and optimizer as they were and says so in `finite`.
+    Microbatches without a token are skipped, and padding at the end of others where that is possible (`on_used_part`).
+    A step whose loss or gradient is not finite leaves parameters and optimizer as they were and says so in `finite`.
     """
 
     def loss(params: Any, part: Batch, slopes: Any, counts: Counts) -> tuple[Array, Metrics]:
@@ -69,12 +72,12 @@ def make_train_step(
             def run(parts: tuple[Batch, Any]) -> Any:
                 return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, loss_grad(*parts))
 
-            return on_used_rows(run, parts, total), None
+            return on_used_part(run, parts, total), None
 
         parts = (dict(batch), slopes)
         first = jax.tree.map(lambda x: x[0], parts)
         if len(batch["tokens"]) == 1:  # nothing to add up: no second copy of the gradients
-            found = on_used_rows(lambda parts: loss_grad(*parts), first)
+            found = on_used_part(lambda parts: loss_grad(*parts), first)
             grads, metrics = jax.tree.map(lambda x: x.astype(jnp.float32), found)
         else:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(loss_grad, *first))
@@ -98,26 +101,35 @@ def make_train_step(
     return train_step
 
 
-def on_used_rows(run: Callable[[Any], Any], parts: tuple[Batch, Any], nothing: Any = None) -> Any:
-    """`run` on a microbatch without its empty rows, which are the last ones.
+def on_used_part(run: Callable[[Any], Any], parts: tuple[Batch, Any], nothing: Any = None) -> Any:
+    """`run` on a microbatch without the padding at its end: that of a single row, or else the empty rows.
 
-    A few numbers of rows are compiled for; one alone where rows are spread over devices.
+    A few sizes are compiled for; one alone where rows or their places are spread over devices.
 
     Args:
+      parts: the batch, arrays [rows, length] or [rows, 1], and arrays of its rows.
       nothing: given for a microbatch without a token; None runs it all the same.
     """
-    rows = len(parts[0]["tokens"])
-    sizes = [rows] if parts_of("batch", rows) > 1 else sorted({-(-rows * quarters // 4) for quarters in (2, 3, 4)})
-    used = jnp.max(jnp.where((parts[0]["segment_ids"] > 0).any(axis=1), jnp.arange(1, rows + 1), 0))
-    branch = jnp.searchsorted(jnp.array(sizes), used)
+    batch, of_rows = parts
+    rows, length = batch["tokens"].shape
+    axis, whole, multiple = (0, rows, 1) if rows > 1 else (1, length, LENGTH_MULTIPLE)
+    spread = parts_of("batch", rows) * parts_of("length", length) > 1
+    sizes = {whole}
+    if not spread and (rows > 1 or length > SHORT_ROW):
+        sizes |= {-(-whole * quarters // 4 // multiple) * multiple for quarters in (2, 3)}
+    taken = (batch["segment_ids"] > 0).any(axis=1 - axis)
+    used = jnp.max(jnp.where(taken, jnp.arange(1, whole + 1), 0))
+    size_number = jnp.searchsorted(jnp.array(sorted(sizes)), used)
 
     def of_first(size: int) -> Callable[[], Any]:
-        return lambda: run(jax.tree.map(lambda x: x[:size], parts))
+        if rows > 1:
+            return lambda: run(jax.tree.map(lambda x: x[:size], parts))
+        return lambda: run(({name: x[:, :size] for name, x in batch.items()}, of_rows))
 
-    branches = [*map(of_first, sizes)]
+    branches = [*map(of_first, sorted(sizes))]
     if nothing is None:
-        return jax.lax.switch(branch, branches)
-    return jax.lax.switch(jnp.where(parts[0]["loss_mask"].any(), 1 + branch, 0), [lambda: nothing, *branches])
+        return jax.lax.switch(size_number, branches)
+    return jax.lax.switch(jnp.where(batch["loss_mask"].any(), 1 + size_number, 0), [lambda: nothing, *branches])
 
 
 def make_eval_step(spec: LossSpec) -> Callable[[Any, dict[str, Array], Batch], Metrics]:
@@ -128,7 +140,11 @@ def make_eval_step(spec: LossSpec) -> Callable[[Any, dict[str, Array], Batch], M
         if kind_of(spec) not in ("text", "sft"):
             return batch_loss(spec, params, batch, carry)[1] | counts
         ones = jax.tree.map(jnp.ones_like, counts)
-        sums = jax.lax.map(lambda part: loss_and_metrics(spec, params, part, ones)[1], dict(batch))
+
+        def run(part: Batch) -> Metrics:
+            return on_used_part(lambda parts: loss_and_metrics(spec, params, parts[0], ones)[1], (part, None))
+
+        sums = jax.lax.map(run, dict(batch))
         return jax.tree.map(jnp.sum, sums) | counts
 
     return eval_step
@@ -152,7 +168,11 @@ def make_score_step(
     def score_step(params: Any, batch: Batch) -> Float[Array, "microbatches rows length"]:
         def run(part: Batch) -> Array:
             nothing = jnp.zeros(part["tokens"].shape, jnp.float32)
-            return jax.lax.cond(part["loss_mask"].any(), lambda part: score(params, part), lambda _: nothing, part)
+
+            def of_used(parts: tuple[Batch, Any]) -> Array:
+                return jax.lax.dynamic_update_slice(nothing, score(params, parts[0]), (0, 0))
+
+            return on_used_part(of_used, (part, None), nothing)
 
         return jax.lax.map(run, dict(batch))
 
