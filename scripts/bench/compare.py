@@ -322,12 +322,11 @@ def write(work: Path, out: Path) -> None:
     draw(ratios, figures_of / "benchmarks.png")
     grown = growth(work)
     draw_growth(grown, figures_of / "growth.png")
-    rounds = max(len(figures(work, line.ours, line.figure)) for line in LINES)
     page = (HERE / "benchmarks.md.in").read_text()
     numbers = [name for name in grown if name not in ("what", "size")]
     written = grown.assign(**{name: [shown([x]) if x == x else "" for x in grown[name]] for name in numbers})
     tables = {"comparisons": table, "profiles": profiles(work), "growth": written}
-    parts = {name: to_markdown(table) for name, table in tables.items()} | {"rounds": rounds}
+    parts = {name: to_markdown(table) for name, table in tables.items()}
     out.write_text(page.format(**parts))
 
 
