@@ -60,7 +60,7 @@ def _dot(a: Array, b: Array, a_axes: Sequence[int], b_axes: Sequence[int], dtype
 def matmul_by_rows(
     x: Float[Array, "*rows inner"], kernel: Float[Array, "outer inner"], dtype: DTypeLike | None = None
 ) -> Float[Array, "*rows outer"]:
-    """x @ kernel.T for a kernel that is kept with its outputs as rows; sums in float32. Without a backward pass of its own.
+    """x @ kernel.T for a kernel that is kept with its outputs as rows; sums in float32. No backward pass.
 
     XLA on CPU lays the right operand out anew at every product: a whole kernel, where a sampler has few rows. With the
     operands exchanged these products take half the time.
