@@ -55,7 +55,7 @@ def test_collectives_are_known_of_every_chip_and_between_slices(
 
 
 def test_what_does_not_fit_ends_with_1_and_says_what_to_change() -> None:
-    done = planned("configs/llama3_dpo.py", "--topology", "v5e:2x2", "--programs", "train_step")
+    done = planned("configs/llama3_dpo.py", "--topology", "v5e:1x2", "--programs", "train_step")
     assert done.returncode == 1, done.stderr[-2000:]
     assert "DOES NOT FIT" in done.stdout and "kept for the backward pass" in done.stdout
     assert "try --search, or more chips" in done.stdout

@@ -87,7 +87,12 @@ def test_products_are_counted_through_loops_branches_and_gradients() -> None:
     def until(x: jax.Array) -> jax.Array:
         return jax.lax.while_loop(lambda x: x.sum() < 1e9, lambda x: x @ w, x)
 
+    def one_of_two_sizes(x: jax.Array) -> jax.Array:
+        large = jax.lax.fori_loop(0, jnp.int32(x.sum() > 0), lambda _, x: x @ w, x)
+        return jax.lax.fori_loop(0, jnp.int32(x.sum() <= 0), lambda _, x: x.at[:2].set(x[:2] @ w), large) @ w
+
     assert operations.matmul_flops(jax.make_jaxpr(until)(x).jaxpr, trips=7) == 7 * one
+    assert operations.matmul_flops(jax.make_jaxpr(one_of_two_sizes)(x).jaxpr) == 2 * one
 
 
 def test_what_the_forward_pass_keeps_is_named() -> None:

@@ -11,6 +11,7 @@ import optax
 import pytest
 import tiny
 from flax import nnx
+from ml_collections import ConfigDict
 from scipy.special import expit, log_expit
 
 from vdjax import config as configs
@@ -26,7 +27,7 @@ from vdjax.train import supervised
 from vdjax.train.losses import LossSpec
 from vdjax.train.plan import StagePlan
 from vdjax.train.stage import BESIDE, Update
-from vdjax.train.step import TrainState, make_train_step, on_used_part
+from vdjax.train.step import TrainState, for_each_microbatch, make_train_step
 
 PAIRS = tiny.dataset(tiny.preference_examples(3, 7))
 DOCUMENTS = tiny.dataset(tiny.sft_examples(4, 14))
@@ -158,6 +159,36 @@ def test_gradient_and_metrics_for_any_layout(
     batch = batch_of(case.data, layout, case.reference if objective == "dpo" else None)
     state, metrics = plain_step(made, objective)(start(params), batch)
     check(state, metrics, params, case)
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"remat": "full"}, 1e-5),
+        ({"remat": "dots"}, 1e-5),
+        ({"compute_dtype": "bfloat16"}, 0.04),
+        ({"compute_dtype": "bfloat16", "remat": "full"}, 0.04),
+        ({"compute_dtype": "bfloat16", "param_dtype": "bfloat16"}, 0.04),
+    ],
+)
+def test_gradients_add_up_over_microbatches_in_every_dtype(
+    qwen: tuple[Model, Any], cases: dict[str, Case], options: dict[str, str], tolerance: float
+) -> None:
+    """Every parameter's gradient is within a share of its own norm."""
+    made = make_model(qwen[0].cfg, ConfigDict(tiny.MODEL.to_dict() | options))
+    params = jax.tree.map(lambda x, like: x.astype(like.dtype), qwen[1], made.params)
+    spec = spec_of(made, "dpo")
+    optimizer = optax.GradientTransformation(lambda params: {}, lambda grads, _, __: (zeros(params), grads))
+    state = TrainState(jnp.int32(0), params, zeros(jax.tree.map(lambda x: x.astype(jnp.float32), params)), {})
+    batch = batch_of(PAIRS, LAYOUTS[0], cases["dpo"].reference)
+    state, _ = jax.jit(make_train_step(spec, optimizer))(state, {}, batch)
+    for got, want in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(cases["dpo"].gradient), strict=True):
+        assert got.dtype == jnp.float32
+        assert float(jnp.linalg.norm(got - want)) < tolerance * float(jnp.linalg.norm(want))
+
+
+def zeros(tree: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, tree)
 
 
 def test_empty_microbatches_are_skipped(qwen: tuple[Model, Any], cases: dict[str, Case]) -> None:
@@ -362,15 +393,23 @@ def test_adapters_alone_are_trained(qwen: tuple[Model, Any], cases: dict[str, Ca
 
 
 def computed_of(segments: np.ndarray) -> tuple[int, int]:
-    """The shape of what `on_used_part` computes of a microbatch, and of its rows' own arrays; (-1, -1): nothing."""
-    parts = ({"tokens": segments, "segment_ids": segments, "loss_mask": segments > 0}, np.zeros((len(segments), 2)))
+    """The shape that `for_each_microbatch` takes of a microbatch and of its rows' own arrays; (-1, -1): nothing."""
+    batch = {"tokens": segments, "segment_ids": segments, "loss_mask": segments > 0}
 
-    def run(parts: Any) -> Any:
-        shape = parts[0]["tokens"].shape
-        assert len(parts[1]) == shape[0]
-        return jnp.array(shape)
+    def computed(batch: Any, of_rows: Any) -> Any:
+        ref = jax.new_ref(jnp.full((2, 2), -1))
 
-    return tuple(jax.jit(lambda parts: on_used_part(run, parts, jnp.array([-1, -1])))(parts).tolist())
+        def run(number: Any, part: Any, of_rows: Any) -> None:
+            assert len(of_rows) == len(part["tokens"])
+            ref[number] = jnp.array(part["tokens"].shape)
+
+        for_each_microbatch(run, batch, of_rows)
+        return jax.freeze(ref)
+
+    empty_first = jax.tree.map(lambda x: np.stack([np.zeros_like(x), x]), (batch, np.zeros((len(segments), 2))))
+    first, second = jax.jit(computed)(*empty_first).tolist()
+    assert first == [-1, -1]
+    return tuple(second)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 4, 7])

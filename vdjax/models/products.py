@@ -110,9 +110,11 @@ def jit(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
 
 
 def compiler_options() -> dict[str, str | bool]:
-    """For programs that write bfloat16 arrays in place: layers' results in training, the caches of a sampler.
+    """For programs that write into arrays in loops: layers' results in training, the caches of a sampler.
 
-    On CPU XLA's float normalization makes of each such write a pass over the whole array, to float32 and back, so that
-    a layer's results are converted once for every layer there is. Without the pass they are written as they are.
+    Two passes are left out on CPU. XLA's float normalization makes of each write of bfloat16 values a pass over the
+    whole array, to float32 and back, so that a layer's results are converted once for every layer there is. And what
+    a loop does not change is taken out of it, zeros too that it writes over: they were kept, and copied at each turn.
     """
-    return {"xla_disable_hlo_passes": "float-normalization-bf16"} if jax.default_backend() == "cpu" else {}
+    passes = "float-normalization-bf16,while-loop-invariant-code-motion"
+    return {"xla_disable_hlo_passes": passes} if jax.default_backend() == "cpu" else {}

@@ -10,12 +10,13 @@ from jax._src import source_info_util
 def matmul_flops(jaxpr: Any, trips: int = 1) -> float:
     """FLOPs of all matrix products of a jaxpr, on all devices together, counted as if no device repeated another's.
 
-    Of branches the one with the most counts; kernels (Pallas) count every tile of their grid.
+    Of branches the one with the most counts, and of loops that follow each other and whose ends depend on data too: the
+    train step has one for each size of a microbatch. Kernels (Pallas) count every tile of their grid.
 
     Args:
       trips: of loops whose end depends on data, such as the sampler's over tokens.
     """
-    total = 0.0
+    total = largest = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
@@ -23,8 +24,12 @@ def matmul_flops(jaxpr: Any, trips: int = 1) -> float:
         elif name == "cond":
             total += max(matmul_flops(branch.jaxpr, trips) for branch in params["branches"])
         else:
-            total += _times(name, params, trips) * sum(matmul_flops(inner, trips) for inner in _jaxprs(params))
-    return total
+            flops = _times(name, params, trips) * sum(matmul_flops(inner, trips) for inner in _jaxprs(params))
+            if name == "while":
+                largest = max(largest, flops)
+            else:
+                total += flops
+    return total + largest
 
 
 def _dot(equation: Any) -> float:

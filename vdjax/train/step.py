@@ -5,12 +5,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from vdjax.data.packing import LENGTH_MULTIPLE
 from vdjax.models import log_probs as lp
+from vdjax.models.functional import policy_part
 from vdjax.models.lora import join
 from vdjax.objectives import OBJECTIVES
 from vdjax.sharding import parts_of
@@ -48,7 +50,8 @@ def make_train_step(
     The batch is [microbatches, rows, length]; gradients are summed over microbatches, each already divided by the
     whole batch's counts, so they do not depend on how the batch is cut. Objectives that look at the whole batch take
     a forward pass more: from it comes the slope of the loss by each response's value, then that of the parameters.
-    Microbatches without a token are skipped, and padding at the end of others where that is possible (`on_used_part`).
+    Microbatches without a token are skipped, and padding at the end of others where that is possible
+    (`for_each_microbatch`).
     A step whose loss or gradient is not finite leaves parameters and optimizer as they were and says so in `finite`.
     """
 
@@ -65,23 +68,23 @@ def make_train_step(
             slopes = jax.tree.map(lambda x: x / jnp.maximum(counts[count_of(spec, "loss")], 1), slopes)
             measured = shares(spec, sums, counts)
 
-        def loss_grad(part: Batch, slopes: Any) -> tuple[Any, Metrics]:
-            return jax.grad(lambda params: loss(join(frozen, params), part, slopes, counts), has_aux=True)(state.params)
+        def pullback(part: Batch, slopes: Any) -> tuple[Array, Any, Metrics]:
+            return jax.vjp(lambda params: loss(join(frozen, params), part, slopes, counts), state.params, has_aux=True)
 
-        def add(total: Any, parts: tuple[Batch, Any]) -> tuple[Any, None]:
-            def run(parts: tuple[Batch, Any]) -> Any:
-                return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, loss_grad(*parts))
+        _, _, metrics = jax.eval_shape(pullback, *first_of((dict(batch), slopes)))
+        gradient_sums, metric_sums = zeros_like(state.params), zeros_like(metrics)
+        in_place = adds_in_place(spec, join(frozen, state.params), state.params)
 
-            return on_used_part(run, parts, total), None
+        def add(_: Array, part: Batch, slopes: Any) -> None:
+            value, pull, found = pullback(part, slopes)
+            if in_place:
+                pull.with_refs(gradient_sums)(jnp.ones_like(value))
+            else:
+                add_to(gradient_sums, *pull(jnp.ones_like(value)))
+            add_to(metric_sums, found)
 
-        parts = (dict(batch), slopes)
-        first = jax.tree.map(lambda x: x[0], parts)
-        if len(batch["tokens"]) == 1:  # nothing to add up: no second copy of the gradients
-            found = on_used_part(lambda parts: loss_grad(*parts), first)
-            grads, metrics = jax.tree.map(lambda x: x.astype(jnp.float32), found)
-        else:
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(loss_grad, *first))
-            (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
+        for_each_microbatch(add, batch, slopes)
+        grads, metrics = jax.tree.map(jax.freeze, (gradient_sums, metric_sums))
         metrics |= measured
 
         grad_norm = optax.tree.norm(grads)
@@ -101,35 +104,69 @@ def make_train_step(
     return train_step
 
 
-def on_used_part(run: Callable[[Any], Any], parts: tuple[Batch, Any], nothing: Any = None) -> Any:
-    """`run` on a microbatch without the padding at its end: that of a single row, or else the empty rows.
+def adds_in_place(spec: LossSpec, params: Any, trained: Any) -> bool:
+    """Whether a backward pass may add to the gradients' sums layer by layer, without a gradient of its own in memory.
 
-    A few sizes are compiled for; one alone where rows or their places are spread over devices.
+    JAX 0.10 takes one accumulator for another where some of a scan's inputs have refs and others have not, as with
+    kernels that are converted before the layer loop and norms that are not.
+    """
+    dtypes = {x.dtype for x in jax.tree.leaves(trained)} | {nnx.merge(spec.graphdef, policy_part(params)).compute_dtype}
+    return dtypes == {np.dtype(np.float32)}
+
+
+def for_each_microbatch(run: Callable[[Array, Batch, Any], None], batch: Batch, of_rows: Any = None) -> None:
+    """Calls `run(number, part, its of_rows)` on each microbatch with a scored token; what it finds it writes to refs.
+
+    A part is without the padding at its end: that of a single row, or else the empty rows. A few sizes are compiled
+    for; one alone where rows or their places are spread over devices.
 
     Args:
-      parts: the batch, arrays [rows, length] or [rows, 1], and arrays of its rows.
-      nothing: given for a microbatch without a token; None runs it all the same.
+      batch: arrays [microbatches, rows, length] or [microbatches, rows, 1].
+      of_rows: arrays [microbatches, rows, ...], or None.
     """
-    batch, of_rows = parts
-    rows, length = batch["tokens"].shape
+    microbatches, rows, length = batch["tokens"].shape
     axis, whole, multiple = (0, rows, 1) if rows > 1 else (1, length, LENGTH_MULTIPLE)
     spread = parts_of("batch", rows) * parts_of("length", length) > 1
     sizes = {whole}
     if not spread and (rows > 1 or length > SHORT_ROW):
         sizes |= {-(-whole * quarters // 4 // multiple) * multiple for quarters in (2, 3)}
-    taken = (batch["segment_ids"] > 0).any(axis=1 - axis)
-    used = jnp.max(jnp.where(taken, jnp.arange(1, whole + 1), 0))
-    size_number = jnp.searchsorted(jnp.array(sorted(sizes)), used)
+    every = (dict(batch), of_rows)
+    if microbatches == 1 and sizes == {whole}:  # nothing is added up, and sums would be a second copy
+        run(jnp.zeros((), jnp.int32), *first_of(every))
+        return
 
-    def of_first(size: int) -> Callable[[], Any]:
+    def run_first(size: int, number: Array, part: Batch, of_rows: Any) -> None:
         if rows > 1:
-            return lambda: run(jax.tree.map(lambda x: x[:size], parts))
-        return lambda: run(({name: x[:, :size] for name, x in batch.items()}, of_rows))
+            run(number, *jax.tree.map(lambda x: x[:size], (part, of_rows)))
+        else:
+            run(number, {name: x[:, :size] for name, x in part.items()}, of_rows)
 
-    branches = [*map(of_first, sorted(sizes))]
-    if nothing is None:
-        return jax.lax.switch(size_number, branches)
-    return jax.lax.switch(jnp.where(batch["loss_mask"].any(), 1 + size_number, 0), [lambda: nothing, *branches])
+    def one(number: Array, parts: tuple[Batch, Any]) -> tuple[Array, None]:
+        part = parts[0]
+        taken = (part["segment_ids"] > 0).any(axis=1 - axis)
+        used = jnp.max(jnp.where(taken, jnp.arange(1, whole + 1), 0))
+        fits = jnp.searchsorted(jnp.array(sorted(sizes)), used)
+        for i, size in enumerate(sorted(sizes)):
+            # A loop of one turn or none: of what is added to, XLA would make a copy for a conditional.
+            turns = ((fits == i) & part["loss_mask"].any()).astype(jnp.int32)
+            jax.lax.fori_loop(0, turns, lambda _, none, size=size: run_first(size, number, *parts), None)
+        return number + 1, None
+
+    jax.lax.scan(one, jnp.zeros((), jnp.int32), every)
+
+
+def first_of(parts: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], parts)
+
+
+def zeros_like(tree: Any) -> Any:
+    """Refs of float32 zeros with the shapes of a tree."""
+    return jax.tree.map(lambda x: jax.new_ref(jnp.zeros(x.shape, jnp.float32)), tree)
+
+
+def add_to(refs: Any, tree: Any) -> None:
+    for ref, x in zip(jax.tree.leaves(refs), jax.tree.leaves(tree), strict=True):
+        ref[...] += x.astype(jnp.float32)
 
 
 def make_eval_step(spec: LossSpec) -> Callable[[Any, dict[str, Array], Batch], Metrics]:
@@ -141,11 +178,12 @@ def make_eval_step(spec: LossSpec) -> Callable[[Any, dict[str, Array], Batch], M
             return batch_loss(spec, params, batch, carry)[1] | counts
         ones = jax.tree.map(jnp.ones_like, counts)
 
-        def run(part: Batch) -> Metrics:
-            return on_used_part(lambda parts: loss_and_metrics(spec, params, parts[0], ones)[1], (part, None))
+        def metrics(part: Batch) -> Metrics:
+            return loss_and_metrics(spec, params, part, ones)[1]
 
-        sums = jax.lax.map(run, dict(batch))
-        return jax.tree.map(jnp.sum, sums) | counts
+        sums = zeros_like(jax.eval_shape(metrics, first_of(dict(batch))))
+        for_each_microbatch(lambda _, part, __: add_to(sums, metrics(part)), batch)
+        return jax.tree.map(jax.freeze, sums) | counts
 
     return eval_step
 
@@ -166,14 +204,13 @@ def make_score_step(
         return lp.token_log_probs(model, part, chunk=spec.head_chunk, temperature=spec.temperature)
 
     def score_step(params: Any, batch: Batch) -> Float[Array, "microbatches rows length"]:
-        def run(part: Batch) -> Array:
-            nothing = jnp.zeros(part["tokens"].shape, jnp.float32)
+        scores = zeros_like(batch["tokens"])
 
-            def of_used(parts: tuple[Batch, Any]) -> Array:
-                return jax.lax.dynamic_update_slice(nothing, score(params, parts[0]), (0, 0))
+        def write(number: Array, part: Batch, _: Any) -> None:
+            rows, length = part["tokens"].shape
+            scores[number, :rows, :length] = score(params, part)
 
-            return on_used_part(of_used, (part, None), nothing)
-
-        return jax.lax.map(run, dict(batch))
+        for_each_microbatch(write, batch)
+        return jax.freeze(scores)
 
     return score_step
