@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,6 +62,22 @@ def test_a_reader_reads_any_slice(tmp_path: Path) -> None:
     np.testing.assert_array_equal(part.view(np.uint16), head[2:5, 1:9].view(np.uint16))
     with pytest.raises(UserError, match="parameter layers.k_proj cannot be read"):
         read(("layers", "k_proj"), (slice(0, 1),))
+
+
+def test_a_layer_is_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a slice lies in, whole chunks are unpacked."""
+    monkeypatch.setattr(snapshots, "CHUNK_BYTES", 1024)
+    saver = snapshots.saver()
+    snapshots.save(saver, tmp_path, 1, params(0))
+    saver.wait_until_finished()
+
+    def chunk(name: str) -> tuple[int, ...]:
+        store = {"driver": "ocdbt", "base": f"file://{tmp_path / '1'}", "path": f"{name}/"}
+        return ts.open({"driver": "zarr", "kvstore": store}, open=True).result().chunk_layout.read_chunk.shape
+
+    assert chunk("layers.q_proj")[0] == 1
+    assert np.prod(chunk("layers.q_proj")) * 4 <= 1024 and np.prod(chunk("embed")) * 4 <= 1024
+    assert chunk("layers.norm") == (3, 8)
 
 
 def test_what_is_no_snapshot_is_refused_with_those_that_are(tmp_path: Path) -> None:

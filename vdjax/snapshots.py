@@ -25,6 +25,7 @@ from vdjax.progress import say
 
 COMMITTED = "commit_success.txt"  # Orbax's mark of a whole snapshot
 ABOUT = "_CHECKPOINT_METADATA"  # Orbax's file for what is saved beside arrays
+CHUNK_BYTES = 32 * 2**20  # of a chunk on disk, at most
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,13 @@ def save(checkpointer: ocp.AsyncCheckpointer, folder: Path, step: int, params: A
     if not hosts.by_first("a look for a snapshot", lambda: step in kept(folder)):
         about = {"checksums": checksums(params)}
         # Over what an interruption left of it in a bucket.
-        where, args = absolute(folder) / str(step), ocp.args.StandardSave(params)
+        where, args = absolute(folder) / str(step), ocp.args.StandardSave(params, jax.tree.map(in_chunks, params))
         checkpointer.save(where, args=args, force=True, custom_metadata=about)
+
+
+def in_chunks(parameter: jax.Array) -> ocp.SaveArgs:
+    """Each layer of a stacked kernel in chunks of its own: who reads a slice unpacks the chunks it lies in whole."""
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if parameter.ndim == 3 else ())
 
 
 def open_reader(snapshot: Path) -> Reader:
