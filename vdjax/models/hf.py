@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ Source = tuple[Any, int | None]  # a parameter and, of a stacked one, the layer
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ALIGNMENT = 64  # bytes, of arrays on CPU
+READERS = min(8, os.cpu_count() or 1)  # layers of a checkpoint that are read at once
 READ_BYTES = 64 * 2**20  # a slice larger than this is read in parts
 
 # Our parameter -> Hugging Face tensor. Those of a layer are [in, out] here and [out, in] there.
@@ -117,9 +120,17 @@ def open_reader(directory: Path, cfg: ModelConfig, head: Literal["vocab", "score
             return read_tensor(TENSORS[path], (slice(0, 1), *index))[0]
         if path[0] != "layers":
             return read_tensor(TENSORS[path], index)
-        layers = range(cfg.num_layers)[index[0]]
-        parts = [read_tensor(TENSORS[path].format(i), index[:0:-1]).T for i in layers]
-        return parts[0][None] if len(parts) == 1 else np.stack(parts)
+        names = [TENSORS[path].format(i) for i in range(cfg.num_layers)[index[0]]]
+        first = read_tensor(names[0], index[:0:-1]).T
+        stacked = np.empty((len(names), *first.shape), first.dtype)
+        stacked[0] = first
+
+        def fill(layer: int) -> None:
+            stacked[layer] = read_tensor(names[layer], index[:0:-1]).T
+
+        with ThreadPoolExecutor(READERS) as pool:  # transposing takes longer than reading
+            list(pool.map(fill, range(1, len(names))))
+        return stacked
 
     return read
 
