@@ -148,8 +148,13 @@ def test_layout_holds_every_item_once() -> None:
     rows = [row for batch in plan.batches for row in zip(batch["segment_ids"], batch["prefix"], strict=True)]
     left_out = sum(prefix.sum() * max(0, segments.max() - 1) for segments, prefix in rows)
     assert {int(prefix.sum()) for _, prefix in rows} <= {0, *STARTS} and left_out > 0
-    used = sum(int((segments > 0).sum()) for segments, _ in rows)
+    # The last token of each answer stands behind the places that are computed, which predict all that is scored.
+    used = sum(int((segments > 0).sum()) for segments, _ in rows) + sum(len(item.answers) for item in ITEMS)
     assert used + left_out == sum(len(item.rendered.tokens) for item in ITEMS)
+    for batch in plan.batches:
+        sources = batch["sources"][batch["loss_mask"]]
+        assert (sources < plan.shape.length).all() and batch["segment_ids"].shape[1] == plan.shape.length
+        assert batch["tokens"].shape[1] > plan.shape.length
 
 
 def test_items_that_begin_differently_have_no_prefix() -> None:

@@ -39,13 +39,14 @@ def token_log_probs(
 
     Args:
       model: gives hidden states when called, and the `table` of its vocabulary head.
-      batch: a packed batch (`vdjax.data.packing`).
+      batch: a packed batch (`vdjax.data.packing`); with `sources` [rows, length], the place whose hidden state predicts
+        each token, its tokens may stand in another order, and `hidden` may be shorter than the rows.
       chunk: scored tokens per application of the head (`vdjax.models.head`).
       hidden: the model's `hidden_states` on the batch, where they are known already.
       temperature: of the softmax, for responses that were sampled with it.
     """
     hidden = hidden_states(model, batch) if hidden is None else hidden
-    sources = predecessors(batch["sequence_ids"])
+    sources = batch["sources"] if "sources" in batch else predecessors(batch["sequence_ids"])
     head = Head(chunk, temperature)
     return scored_log_probs(head, hidden, model.table, sources, batch["tokens"], batch["loss_mask"])
 

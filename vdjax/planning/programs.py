@@ -208,9 +208,13 @@ def snapshot_evaluator(work: Work) -> Lowered:
         hf.snapshot_axes(model.params),
     )
     stacked = loop.placed(own, evaluator.stacked_shardings(model, mesh))
+    behind = (rows, shape.length + LENGTH_MULTIPLE)
     batch = {
-        name: jax.ShapeDtypeStruct(shape[:2], bool if name in ("loss_mask", "prefix") else np.int32)
-        for name in ("tokens", "positions", "segment_ids", "loss_mask", "sequence_ids", "prefix")
+        name: jax.ShapeDtypeStruct(
+            shape[:2] if name in evaluator.COMPUTED_ALONE else behind,
+            bool if name in ("loss_mask", "prefix") else np.int32,
+        )
+        for name in (*evaluator.COMPUTED_ALONE, "tokens", "loss_mask", "sequence_ids", "sources")
     }
     batch = loop.placed(batch, dict.fromkeys(batch, sharding.rows_sharding(mesh, 2)))
     with jax.set_mesh(mesh):

@@ -2,10 +2,11 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,7 +17,7 @@ from vdjax.data import packing
 from vdjax.errors import UserError
 from vdjax.models import hf, lora
 from vdjax.models.functional import Model, trained_part
-from vdjax.models.log_probs import sequence_sums, token_log_probs
+from vdjax.models.log_probs import hidden_states, predecessors, sequence_sums, token_log_probs
 from vdjax.models.products import jit
 from vdjax.probes.readouts import Item
 
@@ -26,19 +27,21 @@ MOST_ADAPTERS = 16  # snapshots held at once over one base: their activations, n
 class Layout(NamedTuple):
     """Items packed into batches of one shape."""
 
-    batches: list[dict[str, np.ndarray]]  # arrays [rows, length]
+    batches: list[dict[str, np.ndarray]]  # of what `with_ends_behind` gives
     places: np.ndarray  # int64 [items, 3]: batch, row and first sequence of each item
-    shape: packing.Shape
+    shape: packing.Shape  # of what is computed
 
 
 def layout(items: Sequence[Item], rows: int, shards: int = 1) -> Layout:
     """Packs all items, best fit first, into batches of at most `rows` rows, a multiple of `shards`.
 
-    What the items of a row begin with alike, such as a chat template's beginning, stands in it once. Rows are of items
-    of any variant or of one, whose system prompt is then shared too, whichever takes less time.
+    What the items of a row begin with alike, such as a chat template's beginning, stands in it once, and the last token
+    of each answer behind what is computed. Rows are of items of any variant or of one, whose system prompt is then
+    shared too, whichever takes less time.
     """
     rendered = [item.rendered for item in items]
-    sizes = np.array([len(r.tokens) for r in rendered])
+    answers = [int(r.branches.max()) for r in rendered]
+    sizes = np.array([len(r.tokens) for r in rendered]) - answers
     variants = np.array([item.variant for item in items])
     groupings = [[np.arange(len(items))]]
     if len(set(variants)) > 1:
@@ -57,22 +60,44 @@ def layout(items: Sequence[Item], rows: int, shards: int = 1) -> Layout:
             each = math.ceil(len(packed) / count / shards) * shards
             plans.append((count * each * packing.row_cost(length), length, each, packed))
     _, length, rows, packed = min(plans, key=lambda plan: plan[0])
-    answers = [int(r.branches.max()) for r in rendered]
     shape = packing.Shape(rows, length, max(sum(answers[i] for i in row) for row, _ in packed))
     prefixes = [once for _, once in packed]
     prefixes = prefixes if any(prefixes) else []
+    ends = -(-shape.sequences // packing.LENGTH_MULTIPLE) * packing.LENGTH_MULTIPLE
     batches: list[dict[str, np.ndarray]] = []
     places = np.zeros((len(items), 3), np.int64)
     for start in range(0, len(packed), rows):
         part = [row for row, _ in packed[start : start + rows]]
-        batch = packing.pack(rendered, part, shape, prefixes[start : start + rows])
-        batch.pop("source")
+        whole = shape._replace(length=length + ends)
+        batch = with_ends_behind(packing.pack(rendered, part, whole, prefixes[start : start + rows]), length)
         for r, row in enumerate(part):
             firsts = np.cumsum([0] + [answers[i] for i in row])
             for i, first in zip(row, firsts, strict=False):
                 places[i] = len(batches), r, first
         batches.append(batch)
     return Layout(batches, places, shape)
+
+
+COMPUTED_ALONE = ("positions", "segment_ids", "prefix")  # arrays of a batch that have no ends behind them
+
+
+def with_ends_behind(batch: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """A packed batch whose rows hold the last token of each response behind `length` places: nothing follows it, so
+    that it is scored and not computed.
+
+    Returns:
+      `positions`, `segment_ids` and `prefix` of the first `length` places, and of all places the other arrays and
+      `sources`, the place whose hidden state predicts each token.
+    """
+    ids = batch["sequence_ids"]
+    end = (ids > 0) & (ids != np.pad(ids, ((0, 0), (0, 1)))[:, 1:])
+    order = np.argsort(end, axis=1, kind="stable")
+    new_places = np.argsort(order, axis=1).astype(np.int32)
+    sources = np.take_along_axis(new_places, np.asarray(predecessors(jnp.asarray(ids))), axis=1)
+    arrays = {name: x for name, x in batch.items() if name != "source"}
+    arrays["sources"] = np.where(batch["loss_mask"], sources, 0)
+    moved = {name: np.take_along_axis(x, order, axis=1) for name, x in arrays.items()}
+    return {name: x[:, :length] if name in COMPUTED_ALONE else x for name, x in moved.items()}
 
 
 def own_params(model: Model) -> Any:
@@ -177,13 +202,16 @@ def score(
     from the front, the loop would first copy all parameters to bring it there. `base` has no snapshot axis.
 
     Args:
+      batch: as `with_ends_behind` gives it.
       sequences: most sequences in a row.
       chunk: scored tokens per application of the head.
     """
 
     def one(params: Any, base: Any, batch: dict[str, Array]) -> Float[Array, "rows sequences"]:
         module = nnx.merge(graphdef, lora.join(base, params))
-        log_probs = token_log_probs(module, batch, chunk=chunk)
+        length = batch["positions"].shape[1]
+        hidden = hidden_states(module, {name: x[:, :length] for name, x in batch.items()})
+        log_probs = token_log_probs(module, batch, chunk=chunk, hidden=hidden)
         return sequence_sums(log_probs, batch["sequence_ids"], sequences)
 
     axes = (hf.snapshot_axes(stacked), None, None)
