@@ -27,7 +27,7 @@ from vdjax.studies.tables import to_markdown
 HERE = Path(__file__).parent
 CHECKPOINTS = 8
 DPO = "{here}/train.py --model {model} --objective dpo --batch 4"
-SFT = "{here}/train.py --model {model} --objective sft --batch 8 --microbatch_rows 4"
+SFT = "{here}/train.py --model {model} --objective sft --batch 8"
 BF16 = " --config.model.compute_dtype=bfloat16"
 
 # Label, whose Python, script and arguments; {name} is filled in. Peers and ours take turns in this order.
