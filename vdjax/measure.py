@@ -100,9 +100,10 @@ def ask(
     free = open_ended.asked_hash(
         asked.prompts, made.template, sampling(config), samples=c.samples, replicates=c.replicates, seed=config.seed
     )
-    for folder, prompts, read, plain, copies in (
-        ("probes", asked.items, answers, forced, 1),
-        ("responses", asked.prompts, responses, free, 2),
+    most = open_ended.most_at_once(made.model, made.mesh, c.memory_gb)
+    for folder, prompts, read, plain, copies, together in (
+        ("probes", asked.items, answers, forced, 1, None),
+        ("responses", asked.prompts, responses, free, 2, most),
     ):
         file = workdir / folder / f"{series.stage}.parquet"
         key = digest((plain, models)) if models else plain
@@ -113,7 +114,7 @@ def ask(
             start = first_snapshot(inherited, series) if holds(inherited, asked_hash=key) else None
             rest = series if start is None else series._replace(steps=series.steps[1:], readers=series.readers[1:])
             tables = []
-            for part in held_at_once(config, made.model, made.mesh, rest, copies):
+            for part in held_at_once(config, made.model, made.mesh, rest, copies, together):
                 kept = parts_of(file) / f"{part.steps[0]}-{part.steps[-1]}.parquet"
                 if not holds(kept, asked_hash=key):
                     found = read(config, made, asked, part).assign(asked_hash=key)
@@ -124,15 +125,16 @@ def ask(
 
 
 def held_at_once(
-    config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, series: Series, copies: int
+    config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, series: Series, copies: int, most: int | None
 ) -> list[Series]:
-    """The series in parts that are asked, and kept, one after the other: as many snapshots as memory holds at once.
+    """The series in parts that are asked, and kept, one after the other: as many snapshots as memory holds at once, and
+    no more than `most`.
 
     All have one size, so that one program serves them; the last may name its last snapshot more than once.
     """
     memory = config.probes.memory_gb * 1e9
     copies *= mesh.shape["data"] if model.lora else 1
-    groups = evaluator.groups(len(series.steps), model, memory, copies)
+    groups = evaluator.groups(len(series.steps), model, memory, copies, most)
     return [
         series._replace(steps=[series.steps[i] for i in group], readers=[series.readers[i] for i in group])
         for group in groups

@@ -25,7 +25,7 @@ from vdjax.progress import say
 
 COMMITTED = "commit_success.txt"  # Orbax's mark of a whole snapshot
 ABOUT = "_CHECKPOINT_METADATA"  # Orbax's file for what is saved beside arrays
-CHUNK_BYTES = 32 * 2**20  # of a chunk on disk, at most
+CHUNK_BYTES = 32 * 2**20  # of a chunk before it is compressed, at most
 
 
 @dataclass(frozen=True)

@@ -87,3 +87,24 @@ def test_bfloat16_stacks_are_written_a_layer_at_a_time() -> None:
     written = re.compile(r"= (\w+)\[30,64,64\]\S* dynamic-update-slice")
     assert set(written.findall(lowered.compile(compiler_options()).as_text())) == {"bf16"}
     assert set(written.findall(lowered.compile().as_text())) == {"f32"}  # else the option is not needed any more
+
+
+def test_zeros_that_a_loop_writes_over_stay_in_it() -> None:
+    """XLA takes them out of a loop of one turn or none, and copies them into it at each."""
+
+    def summed(xs: jax.Array) -> jax.Array:
+        def stacked(x: jax.Array, total: jax.Array) -> jax.Array:
+            return total + jax.lax.scan(lambda x, _: (jnp.sin(x @ x), x), x, None, length=30)[1]
+
+        def one(total: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
+            turns = jnp.int32(x.sum() > 0)
+            return jax.lax.fori_loop(0, turns, lambda _, total: stacked(x, total), total), None
+
+        return jax.lax.scan(one, jnp.zeros((30, 64, 64)), xs)[0]
+
+    lowered = jax.jit(summed).lower(jax.ShapeDtypeStruct((4, 64, 64), jnp.float32))
+    kept, taken_out = (
+        re.findall(r"f32\[30,64,64\]\S* copy\(%(?:wrapped_)?broadcast", lowered.compile(options).as_text())
+        for options in (compiler_options(), None)
+    )
+    assert not kept and taken_out  # else the option is not needed any more

@@ -96,6 +96,16 @@ def check_equal(found: Samples, wanted: list[Samples]) -> None:
     assert len(distinct) > 2 * len(TOKENS) and len(set(np.ravel([samples.lengths for samples in wanted]))) > 2
 
 
+def test_a_cpu_samples_from_few_snapshots_at_once(
+    llama: tuple[Model, Any], adapted: tuple[Model, list[Any]]
+) -> None:
+    made = llama[0]
+    assert open_ended.most_at_once(made, MESH, 0) == open_ended.TOGETHER_ON_CPU
+    assert open_ended.most_at_once(made, MESH, 1e9) is open_ended.most_at_once(adapted[0], MESH, 0) is None
+    parts = evaluator.groups(9, made, 1e12, 2, open_ended.TOGETHER_ON_CPU)
+    assert parts == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+
+
 @pytest.mark.parametrize(("fits", "rows", "calls"), [(5, 0, [1, 1]), (3.9, 4, [2, 2, 2])])
 def test_each_snapshot_samples_what_it_would_alone(
     llama: tuple[Model, Any], snapshots: list[Any], compiles: Any, fits: float, rows: int, calls: list[int]

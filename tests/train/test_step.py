@@ -27,7 +27,7 @@ from vdjax.train import supervised
 from vdjax.train.losses import LossSpec
 from vdjax.train.plan import StagePlan
 from vdjax.train.stage import BESIDE, Update
-from vdjax.train.step import TrainState, for_each_microbatch, make_train_step
+from vdjax.train.step import TrainState, adds_in_place, for_each_microbatch, make_train_step
 
 PAIRS = tiny.dataset(tiny.preference_examples(3, 7))
 DOCUMENTS = tiny.dataset(tiny.sft_examples(4, 14))
@@ -178,6 +178,7 @@ def test_gradients_add_up_over_microbatches_in_every_dtype(
     made = make_model(qwen[0].cfg, ConfigDict(tiny.MODEL.to_dict() | options))
     params = jax.tree.map(lambda x, like: x.astype(like.dtype), qwen[1], made.params)
     spec = spec_of(made, "dpo")
+    assert adds_in_place(spec, params, params) == ("compute_dtype" not in options)
     optimizer = optax.GradientTransformation(lambda params: {}, lambda grads, _, __: (zeros(params), grads))
     state = TrainState(jnp.int32(0), params, zeros(jax.tree.map(lambda x: x.astype(jnp.float32), params)), {})
     batch = batch_of(PAIRS, LAYOUTS[0], cases["dpo"].reference)

@@ -43,7 +43,7 @@ class Tokens(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scored_log_probs(
     head: Head,
-    hidden: Float[Array, "rows length width"],
+    hidden: Float[Array, "rows computed width"],
     table: Float[Array, "vocab width"],
     source: Int[Array, "rows length"],
     target: Int[Array, "rows length"],
@@ -54,6 +54,7 @@ def scored_log_probs(
     Inputs in the dtype of `hidden`, sums and softmax in float32.
 
     Args:
+      hidden: of the first places of each row, among which every `source` of a scored token is.
       source: of each token, the place in its row whose hidden state predicts it.
     """
     return _forward(head, hidden, table, source, target, scored)[0]

@@ -30,7 +30,7 @@ Source = tuple[Any, int | None]  # a parameter and, of a stacked one, the layer
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ALIGNMENT = 64  # bytes, of arrays on CPU
-READERS = min(8, os.cpu_count() or 1)  # layers of a checkpoint that are read at once
+READERS = min(8, os.cpu_count() or 1)  # parts of a parameter that are read at once
 READ_BYTES = 64 * 2**20  # a slice larger than this is read in parts
 
 # Our parameter -> Hugging Face tensor. Those of a layer are [in, out] here and [out, in] there.
@@ -120,17 +120,9 @@ def open_reader(directory: Path, cfg: ModelConfig, head: Literal["vocab", "score
             return read_tensor(TENSORS[path], (slice(0, 1), *index))[0]
         if path[0] != "layers":
             return read_tensor(TENSORS[path], index)
-        names = [TENSORS[path].format(i) for i in range(cfg.num_layers)[index[0]]]
-        first = read_tensor(names[0], index[:0:-1]).T
-        stacked = np.empty((len(names), *first.shape), first.dtype)
-        stacked[0] = first
-
-        def fill(layer: int) -> None:
-            stacked[layer] = read_tensor(names[layer], index[:0:-1]).T
-
-        with ThreadPoolExecutor(READERS) as pool:  # transposing takes longer than reading
-            list(pool.map(fill, range(1, len(names))))
-        return stacked
+        layers = range(cfg.num_layers)[index[0]]
+        parts = [read_tensor(TENSORS[path].format(i), index[:0:-1]).T for i in layers]
+        return parts[0][None] if len(parts) == 1 else np.stack(parts)
 
     return read
 
@@ -316,12 +308,18 @@ def _aligned(bounds: Index, dtype: DTypeLike) -> np.ndarray:
 
 
 def _read_into(out: np.ndarray, reader: Reader, path: ParamPath, bounds: Index) -> None:
-    """Fills `out` with a slice of a parameter, at most about READ_BYTES (or one row or layer) at a time."""
-    rows = max(1, READ_BYTES * len(out) // max(out.nbytes, 1))
-    for start in range(0, len(out), rows):
+    """Fills `out` with a slice of a parameter, READERS parts at once: a stacked kernel has as many, and none is larger
+    than about READ_BYTES (or one row or layer)."""
+    parts = max(-(-out.nbytes // READ_BYTES), READERS if out.ndim == 3 else 1)
+    rows = max(1, len(out) // parts)
+
+    def fill(start: int) -> None:
         first = bounds[0].start + start
         stop = min(first + rows, bounds[0].stop)
         out[start : start + rows] = reader(path, (slice(first, stop), *bounds[1:]))
+
+    with ThreadPoolExecutor(READERS) as pool:  # transposing a kernel takes longer than reading it
+        list(pool.map(fill, range(0, len(out), rows)))
 
 
 def _leaves(params: Params, prefix: ParamPath = ()) -> Iterator[tuple[ParamPath, Any]]:

@@ -32,7 +32,7 @@ def token_log_probs(
     batch: Mapping[str, Array],
     *,
     chunk: int,
-    hidden: Float[Array, "rows length width"] | None = None,
+    hidden: Float[Array, "rows computed width"] | None = None,
     temperature: float = 1.0,
 ) -> Float[Array, "rows length"]:
     """log pi(token | what it sees) in nats at the tokens of `loss_mask`, 0 elsewhere.

@@ -42,7 +42,7 @@ class Program(NamedTuple):
 
 
 def read(text: str, mesh_shape: Mapping[str, int], trips: int = 1) -> Program:
-    """What one run of a compiled program does on each chip.
+    """What one run of a compiled program does on each chip. Branches and loops of which one runs are all counted.
 
     Args:
       text: of `jax.stages.Compiled.as_text()`.

@@ -44,7 +44,7 @@ from vdjax.sampling.generate import (
 )
 from vdjax.sampling.text import response_text
 
-TOGETHER_ON_CPU = 4  # snapshots a device: 1, 2, 4 and 8 gave 177, 198, 232 and 192 tokens a second
+TOGETHER_ON_CPU = 4  # snapshots a device: with more or fewer, fewer tokens a second were sampled
 SHORTEST_REPETITION = 60  # characters; "No, no, no!" is an answer
 PIECE = 12  # characters
 FEWEST_DISTINCT = 0.5
@@ -194,7 +194,7 @@ def generate(
         room.
       memory_bytes: for the parameters held at once on all devices, of which sampling makes a second copy; the caches of
         keys and values may take half as much beside them, unless one row a batch shard takes more. 0 takes half of what
-        there is, on CPU at most four snapshots a device.
+        there is, on CPU for at most four snapshots a device (of adapters, more).
 
     Returns:
       NumPy arrays with the axes [snapshots, prompts, ...].
@@ -207,9 +207,7 @@ def generate(
     check_rows(tokens, numbers, stop_ids, model.cfg.vocab_size)
     memory = memory_bytes or evaluator.default_memory()
     copies = 2 * (mesh.shape["data"] if model.lora else 1)
-    few = jax.default_backend() == "cpu" and not memory_bytes and not model.lora
-    most = TOGETHER_ON_CPU * mesh.size // mesh.shape["tensor"] if few else None
-    parts = evaluator.groups(len(readers), model, memory_bytes, copies, most)
+    parts = evaluator.groups(len(readers), model, memory_bytes, copies, most_at_once(model, mesh, memory_bytes))
     mesh = mesh if model.lora else evaluator.evaluator_mesh(mesh, len(parts[0]))
     shards = sharding.batch_shards(mesh)
     slots = bucket(max(map(len, tokens))) + sampling.max_new_tokens - 1
@@ -230,6 +228,12 @@ def generate(
                     whole[np.ix_(part, places)] = sharding.fetch(piece)[:, : len(places)]
             del params
     return out
+
+
+def most_at_once(model: Model, mesh: Mesh, memory_bytes: float) -> int | None:
+    """Snapshots that are sampled from at once, if it is not memory alone that says how many."""
+    few = jax.default_backend() == "cpu" and not memory_bytes and not model.lora
+    return TOGETHER_ON_CPU * mesh.size // mesh.shape["tensor"] if few else None
 
 
 @functools.partial(jit, static_argnums=0, static_argnames=STATIC)

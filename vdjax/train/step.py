@@ -68,19 +68,19 @@ def make_train_step(
             slopes = jax.tree.map(lambda x: x / jnp.maximum(counts[count_of(spec, "loss")], 1), slopes)
             measured = shares(spec, sums, counts)
 
-        def pullback(part: Batch, slopes: Any) -> tuple[Array, Any, Metrics]:
-            return jax.vjp(lambda params: loss(join(frozen, params), part, slopes, counts), state.params, has_aux=True)
+        def value(params: Any, part: Batch, slopes: Any) -> tuple[Array, Metrics]:
+            return loss(join(frozen, params), part, slopes, counts)
 
-        _, _, metrics = jax.eval_shape(pullback, *first_of((dict(batch), slopes)))
-        gradient_sums, metric_sums = zeros_like(state.params), zeros_like(metrics)
+        _, metrics = jax.eval_shape(value, state.params, *first_of((dict(batch), slopes)))
+        gradient_sums, metric_sums = zero_refs(state.params), zero_refs(metrics)
         in_place = adds_in_place(spec, join(frozen, state.params), state.params)
 
         def add(_: Array, part: Batch, slopes: Any) -> None:
-            value, pull, found = pullback(part, slopes)
+            own, pull, found = jax.vjp(lambda params: value(params, part, slopes), state.params, has_aux=True)
             if in_place:
-                pull.with_refs(gradient_sums)(jnp.ones_like(value))
+                pull.with_refs(gradient_sums)(jnp.ones_like(own))
             else:
-                add_to(gradient_sums, *pull(jnp.ones_like(value)))
+                add_to(gradient_sums, *pull(jnp.ones_like(own)))
             add_to(metric_sums, found)
 
         for_each_microbatch(add, batch, slopes)
@@ -107,15 +107,16 @@ def make_train_step(
 def adds_in_place(spec: LossSpec, params: Any, trained: Any) -> bool:
     """Whether a backward pass may add to the gradients' sums layer by layer, without a gradient of its own in memory.
 
-    JAX 0.10 takes one accumulator for another where some of a scan's inputs have refs and others have not, as with
-    kernels that are converted before the layer loop and norms that are not.
+    JAX 0.10 takes one sum for another where some of the inputs that a scan is differentiated by have refs and others
+    have not, as with kernels that are converted before the layer loop and norms that are not.
     """
     dtypes = {x.dtype for x in jax.tree.leaves(trained)} | {nnx.merge(spec.graphdef, policy_part(params)).compute_dtype}
     return dtypes == {np.dtype(np.float32)}
 
 
 def for_each_microbatch(run: Callable[[Array, Batch, Any], None], batch: Batch, of_rows: Any = None) -> None:
-    """Calls `run(number, part, its of_rows)` on each microbatch with a scored token; what it finds it writes to refs.
+    """Calls `run(number, part, its of_rows)` on each microbatch with a scored token, and on the only one of a batch for
+    which one size is compiled; what it finds it writes to refs.
 
     A part is without the padding at its end: that of a single row, or else the empty rows. A few sizes are compiled
     for; one alone where rows or their places are spread over devices.
@@ -131,7 +132,7 @@ def for_each_microbatch(run: Callable[[Array, Batch, Any], None], batch: Batch, 
     if not spread and (rows > 1 or length > SHORT_ROW):
         sizes |= {-(-whole * quarters // 4 // multiple) * multiple for quarters in (2, 3)}
     every = (dict(batch), of_rows)
-    if microbatches == 1 and sizes == {whole}:  # nothing is added up, and sums would be a second copy
+    if microbatches == 1 and sizes == {whole}:  # in a loop, sums would lie beside a gradient of its own
         run(jnp.zeros((), jnp.int32), *first_of(every))
         return
 
@@ -159,8 +160,8 @@ def first_of(parts: Any) -> Any:
     return jax.tree.map(lambda x: x[0], parts)
 
 
-def zeros_like(tree: Any) -> Any:
-    """Refs of float32 zeros with the shapes of a tree."""
+def zero_refs(tree: Any) -> Any:
+    """Refs of float32 zeros in the shapes of a tree, whatever its dtypes."""
     return jax.tree.map(lambda x: jax.new_ref(jnp.zeros(x.shape, jnp.float32)), tree)
 
 
@@ -181,7 +182,7 @@ def make_eval_step(spec: LossSpec) -> Callable[[Any, dict[str, Array], Batch], M
         def metrics(part: Batch) -> Metrics:
             return loss_and_metrics(spec, params, part, ones)[1]
 
-        sums = zeros_like(jax.eval_shape(metrics, first_of(dict(batch))))
+        sums = zero_refs(jax.eval_shape(metrics, first_of(dict(batch))))
         for_each_microbatch(lambda _, part, __: add_to(sums, metrics(part)), batch)
         return jax.tree.map(jax.freeze, sums) | counts
 
@@ -204,7 +205,7 @@ def make_score_step(
         return lp.token_log_probs(model, part, chunk=spec.head_chunk, temperature=spec.temperature)
 
     def score_step(params: Any, batch: Batch) -> Float[Array, "microbatches rows length"]:
-        scores = zeros_like(batch["tokens"])
+        scores = zero_refs(batch["tokens"])
 
         def write(number: Array, part: Batch, _: Any) -> None:
             rows, length = part["tokens"].shape
