@@ -76,6 +76,7 @@ def make_train_step(
         in_place = adds_in_place(spec, join(frozen, state.params), state.params)
 
         def add(_: Array, part: Batch, slopes: Any) -> None:
+            pull: Any  # typed as a function, it has refs too
             own, pull, found = jax.vjp(lambda params: value(params, part, slopes), state.params, has_aux=True)
             if in_place:
                 pull.with_refs(gradient_sums)(jnp.ones_like(own))
