@@ -97,7 +97,8 @@ def test_zeros_that_a_loop_writes_over_stay_in_it() -> None:
             for rows in (16, 32, 64):
 
                 def turn(_: Any, total: jax.Array, rows: int = rows) -> jax.Array:
-                    return total + jax.lax.scan(lambda x, _: (jnp.sin(x @ xs[0]), x), x[:rows], None, length=30)[1].sum()
+                    stack = jax.lax.scan(lambda x, _: (jnp.sin(x @ xs[0]), x), x[:rows], None, length=30)[1]
+                    return total + stack.sum()
 
                 total = jax.lax.fori_loop(0, jnp.int32(x.sum() > rows), turn, total)
             return total, None
