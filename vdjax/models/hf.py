@@ -308,10 +308,9 @@ def _aligned(bounds: Index, dtype: DTypeLike) -> np.ndarray:
 
 
 def _read_into(out: np.ndarray, reader: Reader, path: ParamPath, bounds: Index) -> None:
-    """Fills `out` with a slice of a parameter, READERS parts at once: a stacked kernel has as many, and none is larger
-    than about READ_BYTES (or one row or layer)."""
-    parts = max(-(-out.nbytes // READ_BYTES), READERS if out.ndim == 3 else 1)
-    rows = max(1, len(out) // parts)
+    """Fills `out` with a slice of a parameter, READERS parts at once: the layers of a stacked kernel, of others at most
+    about READ_BYTES (or one row)."""
+    rows = 1 if out.ndim == 3 else max(1, READ_BYTES * len(out) // max(out.nbytes, 1))
 
     def fill(start: int) -> None:
         first = bounds[0].start + start
