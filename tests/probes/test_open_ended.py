@@ -100,9 +100,9 @@ def test_a_cpu_samples_from_few_snapshots_at_once(
     llama: tuple[Model, Any], adapted: tuple[Model, list[Any]]
 ) -> None:
     made = llama[0]
-    assert open_ended.most_at_once(made, MESH, 0) == open_ended.TOGETHER_ON_CPU
-    assert open_ended.most_at_once(made, MESH, 1e9) is open_ended.most_at_once(adapted[0], MESH, 0) is None
-    parts = evaluator.groups(9, made, 1e12, 2, open_ended.TOGETHER_ON_CPU)
+    assert evaluator.most_on_cpu(4, made, MESH, 0) == 4
+    assert evaluator.most_on_cpu(4, made, MESH, 1e9) is evaluator.most_on_cpu(4, adapted[0], MESH, 0) is None
+    parts = evaluator.groups(9, made, 1e12, 2, 4)
     assert parts == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 

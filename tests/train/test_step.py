@@ -215,6 +215,15 @@ def test_padding_at_the_end_of_a_single_row_is_not_looked_at(
     check(state, metrics, params, cases["dpo"])
 
 
+def test_a_batch_of_one_microbatch_and_one_size_is_not_looped_over(
+    qwen: tuple[Model, Any], cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vdjax.train.step.SHORT_ROW", 512)
+    made, params = qwen
+    state, metrics = plain_step(made, "dpo")(start(params), batch_of(PAIRS, (448, 1, 1), cases["dpo"].reference))
+    check(state, metrics, params, cases["dpo"])
+
+
 def test_a_step_that_is_not_finite_changes_nothing(qwen: tuple[Model, Any], cases: dict[str, Case]) -> None:
     made, params = qwen
     batch = batch_of(PAIRS, LAYOUTS[0], cases["dpo"].reference)

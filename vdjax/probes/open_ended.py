@@ -207,13 +207,14 @@ def generate(
     check_rows(tokens, numbers, stop_ids, model.cfg.vocab_size)
     memory = memory_bytes or evaluator.default_memory()
     copies = 2 * (mesh.shape["data"] if model.lora else 1)
-    parts = evaluator.groups(len(readers), model, memory_bytes, copies, most_at_once(model, mesh, memory_bytes))
+    most = evaluator.most_on_cpu(TOGETHER_ON_CPU, model, mesh, memory_bytes)
+    parts = evaluator.groups(len(readers), model, memory_bytes, copies, most)
     mesh = mesh if model.lora else evaluator.evaluator_mesh(mesh, len(parts[0]))
     shards = sharding.batch_shards(mesh)
     slots = bucket(max(map(len, tokens))) + sampling.max_new_tokens - 1
     room = int(memory / 2 // (len(parts[0]) * cache_bytes(model, slots)))
-    most = max(shards, min(rows or default_rows(shards), room // shards * shards))
-    batches = list(batches_of([len(prompt) for prompt in tokens], most, shards))
+    most_rows = max(shards, min(rows or default_rows(shards), room // shards * shards))
+    batches = list(batches_of([len(prompt) for prompt in tokens], most_rows, shards))
     shape = (len(readers), len(tokens))
     ids, log_probs = (np.zeros((*shape, sampling.max_new_tokens), dtype) for dtype in (np.int32, np.float32))
     out = Samples(ids, np.zeros(shape, np.int32), log_probs, np.zeros(shape, bool))
@@ -228,12 +229,6 @@ def generate(
                     whole[np.ix_(part, places)] = sharding.fetch(piece)[:, : len(places)]
             del params
     return out
-
-
-def most_at_once(model: Model, mesh: Mesh, memory_bytes: float) -> int | None:
-    """Snapshots that are sampled from at once, if it is not memory alone that says how many."""
-    few = jax.default_backend() == "cpu" and not memory_bytes and not model.lora
-    return TOGETHER_ON_CPU * mesh.size // mesh.shape["tensor"] if few else None
 
 
 @functools.partial(jit, static_argnums=0, static_argnames=STATIC)

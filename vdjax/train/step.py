@@ -18,7 +18,6 @@ from vdjax.objectives import OBJECTIVES
 from vdjax.sharding import parts_of
 from vdjax.train.losses import (
     Batch,
-    Counts,
     LossSpec,
     Metrics,
     batch_loss,
@@ -55,12 +54,6 @@ def make_train_step(
     A step whose loss or gradient is not finite leaves parameters and optimizer as they were and says so in `finite`.
     """
 
-    def loss(params: Any, part: Batch, slopes: Any, counts: Counts) -> tuple[Array, Metrics]:
-        if slopes is None:
-            return loss_and_metrics(spec, params, part, counts)
-        values = sequence_values(spec, params, part)
-        return jnp.sum(jnp.stack([jnp.sum(slopes[name] * values[name]) for name in values])), {}
-
     def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         counts, slopes, measured, carry = counts_of(spec, batch), None, {}, state.carry
         if OBJECTIVES[spec.objective].batch_level:
@@ -68,16 +61,20 @@ def make_train_step(
             slopes = jax.tree.map(lambda x: x / jnp.maximum(counts[count_of(spec, "loss")], 1), slopes)
             measured = shares(spec, sums, counts)
 
-        def value(params: Any, part: Batch, slopes: Any) -> tuple[Array, Metrics]:
-            return loss(join(frozen, params), part, slopes, counts)
+        def loss(params: Any, part: Batch, slopes: Any) -> tuple[Array, Metrics]:
+            params = join(frozen, params)
+            if slopes is None:
+                return loss_and_metrics(spec, params, part, counts)
+            values = sequence_values(spec, params, part)
+            return jnp.sum(jnp.stack([jnp.sum(slopes[name] * values[name]) for name in values])), {}
 
-        _, metrics = jax.eval_shape(value, state.params, *first_of((dict(batch), slopes)))
+        _, metrics = jax.eval_shape(loss, state.params, *first_of((dict(batch), slopes)))
         gradient_sums, metric_sums = zero_refs(state.params), zero_refs(metrics)
         in_place = adds_in_place(spec, join(frozen, state.params), state.params)
 
         def add(_: Array, part: Batch, slopes: Any) -> None:
             pull: Any  # typed as a function, it has refs too
-            own, pull, found = jax.vjp(lambda params: value(params, part, slopes), state.params, has_aux=True)
+            own, pull, found = jax.vjp(lambda params: loss(params, part, slopes), state.params, has_aux=True)
             if in_place:
                 pull.with_refs(gradient_sums)(jnp.ones_like(own))
             else:
