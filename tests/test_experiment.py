@@ -59,7 +59,6 @@ def interrupted(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, compi
     # A step is logged when the next one is under way, so the signal at step 5 of 6 comes during the last one. Step 3 is
     # logged before its held-out evaluation, at which no resume point is due.
     for how, stage, step, says in (
-        ("KILL", "sft", 1, "sft: begins at step 0 of 6"),
         ("TERM", "sft", 5, "sft: stopped after its last step; the stage is finished"),
         ("SAVE", "dpo", 2, "dpo: begins at step 0 of 6"),
         ("TERM", "dpo", 3, "dpo: stopped at step 4 of 6; a resume point was written"),

@@ -100,7 +100,7 @@ def ask(
     free = open_ended.asked_hash(
         asked.prompts, made.template, sampling(config), samples=c.samples, replicates=c.replicates, seed=config.seed
     )
-    most = evaluator.most_on_cpu(open_ended.TOGETHER_ON_CPU, made.model, made.mesh, c.memory_gb)
+    most = evaluator.most_on_cpu(made.model, made.mesh, c.memory_gb)
     for folder, prompts, read, plain, copies, together in (
         ("probes", asked.items, answers, forced, 1, None),
         ("responses", asked.prompts, responses, free, 2, most),

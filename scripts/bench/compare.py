@@ -26,6 +26,7 @@ from vdjax.studies.tables import to_markdown
 
 HERE = Path(__file__).parent
 CHECKPOINTS = 8
+SAMPLES = 5  # of each open-ended question
 DPO = "{here}/train.py --model {model} --objective dpo --batch 4"
 SFT = "{here}/train.py --model {model} --objective sft --batch 8"
 BF16 = " --config.model.compute_dtype=bfloat16"
@@ -59,11 +60,8 @@ RUNS: dict[str, tuple[str, str]] = {
     ),
     "generate-hf": ("peer", "{peers}/hf_generate.py --model {model} --data {data}"),
     "generate-vdjax": ("own", "{here}/sample.py --model {model} --rows {rows}"),
-    "generate-hf-40": ("peer", "{peers}/hf_generate.py --model {model} --data {data} --batch 40"),
-    "open-ended-vdjax": (
-        "own",
-        "{here}/open_ended.py --model {model} --snapshots 8 --probes 8 --samples 5 --new_tokens 64 --repeats 1",
-    ),
+    "open-ended-hf": ("peer", "{peers}/hf_generate.py --model {model} --data {asked} --batch 320 --steps 1"),
+    "open-ended-vdjax": ("own", "{here}/open_ended.py --model {model} --rows {asked_rows} --repeats 1"),
     "growth": ("own", "{here}/growth.py"),
 }
 TRAINS = [name for name in RUNS if "vdjax" in name and name[:4] in ("dpo-", "sft-")]
@@ -152,10 +150,10 @@ LINES = [
         2,
     ),
     Line(
-        "Open-ended probes, 8 checkpoints",
+        "Open-ended probes, 64 questions x 5",
         "open-ended-vdjax",
         "new_tokens_per_s.together",
-        "generate-hf-40",
+        "open-ended-hf",
         "new_tokens_per_s",
         "tokens/s",
         3,
@@ -170,14 +168,25 @@ def full_rows(count: int, vocab: int) -> list[dict[str, Any]]:
     return [{name: rng.integers(100, vocab, 128).tolist() for name in names} for _ in range(count)]
 
 
+def questions(file: Path) -> str:
+    """The peers' stance questions as pairs of HH-RLHF have their prompts, each as often as it is sampled."""
+    lines = []
+    for item in json.loads(file.read_text())["items"]:
+        asked = f"\n\nHuman: {item['question']}\n\nAssistant:"
+        lines += SAMPLES * [json.dumps({"chosen": asked + " Yes.", "rejected": asked + " No."}) + "\n"]
+    return "".join(lines)
+
+
 def prepare(flags: argparse.Namespace) -> dict[str, str]:
     flags.work.mkdir(parents=True, exist_ok=True)
-    rows, full = flags.work / "rows.jsonl", flags.work / "full.jsonl"
+    rows, full, asked, asked_rows = (flags.work / f"{name}.jsonl" for name in ("rows", "full", "asked", "asked_rows"))
     checkpoints = flags.work / "checkpoints"
-    if not rows.exists():
-        command = [flags.peer_python, flags.peers / "common.py", "rows", "--model", flags.model, "--data", flags.data]
-        made = subprocess.run([*command, "--n", "64"], capture_output=True, text=True, check=True)
-        rows.write_text(made.stdout)
+    if not asked_rows.exists():
+        asked.write_text(questions(flags.peers / "stance_items.json"))
+        for data, number, out in ((flags.data, 64, rows), (asked, 64 * SAMPLES, asked_rows)):
+            command = [flags.peer_python, flags.peers / "common.py", "rows", "--model", flags.model, "--data", data]
+            made = subprocess.run([*command, "--n", str(number)], capture_output=True, text=True, check=True)
+            out.write_text(made.stdout)
         full.write_text("".join(json.dumps(row) + "\n" for row in full_rows(64, 49000)))
     if not (checkpoints / f"ck{CHECKPOINTS - 1}").exists():
         script = flags.peers / "hf_probe.py"
@@ -190,6 +199,8 @@ def prepare(flags: argparse.Namespace) -> dict[str, str]:
         "data": str(flags.data),
         "rows": str(rows),
         "full": str(full),
+        "asked": str(asked),
+        "asked_rows": str(asked_rows),
         "checkpoints": str(checkpoints),
         "each_checkpoint": " ".join(str(checkpoints / f"ck{k}") for k in range(CHECKPOINTS)),
     }

@@ -1,13 +1,14 @@
 """Times sampling responses from K snapshots at once, loading included; prints one JSON line.
 
-    python scripts/bench/open_ended.py --model DIR --snapshots 4 --probes 8 --samples 2 --new_tokens 32
+    python scripts/bench/open_ended.py --model DIR --rows ROWS.jsonl --snapshots 4 --new_tokens 64
 
-The snapshots are the same checkpoint read K times: what they hold does not change the work. No token stops a response,
-so that every call makes snapshots * probes * samples * new_tokens tokens. One call of each way is not timed; then they
-take turns.
+A response is sampled behind the prompt_ids of each row, from each snapshot. The snapshots are the same checkpoint read
+K times: what they hold does not change the work. No token stops a response, so that every call makes snapshots * rows *
+new_tokens tokens. One call of each way is not timed; then they take turns. `work_digest` is the SHA-256 of the prompts.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import time
@@ -19,7 +20,7 @@ import numpy as np
 from vdjax import config as configs
 from vdjax import runtime
 from vdjax.models import hf
-from vdjax.probes import evaluator, open_ended, readouts, sets
+from vdjax.probes import evaluator, open_ended
 from vdjax.sampling import Samples, Sampling
 from vdjax.setup import setup
 
@@ -27,10 +28,9 @@ from vdjax.setup import setup
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--snapshots", type=int, default=4)
-    parser.add_argument("--probes", type=int, default=8)
-    parser.add_argument("--samples", type=int, default=2)
-    parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--apart", action="store_true", help="sample from the snapshots one at a time as well")
     flags = parser.parse_args()
@@ -39,13 +39,9 @@ def main() -> None:
     config = configs.experiment()
     config.model.path = str(flags.model)
     made = setup(config)
-    probes = sets.load("builtin")[:: 528 // flags.probes][: flags.probes]
-    variants = readouts.variants(config.probes)
-    asked = open_ended.prompts(probes, variants, made.tokenizer, made.template, config.probes.max_length)
-    prompts = [prompt.tokens for prompt in asked for _ in range(flags.samples)]
-    seeds = [(p, s) for p in range(len(asked)) for s in range(flags.samples)]
+    prompts = [json.loads(line)["prompt_ids"] for line in flags.rows.read_text().splitlines()]
+    seeds = [(i,) for i in range(len(prompts))]
     reader = hf.open_reader(flags.model, made.model.cfg)
-    memory = evaluator.default_memory()
     one = 3 * evaluator.size_in_bytes(made.model.params)  # less than two copies of two snapshots
 
     def sample(memory_bytes: float) -> Samples:
@@ -54,7 +50,7 @@ def main() -> None:
             made.model, readers, prompts, seeds, sampling, (), made.mesh, memory_bytes=memory_bytes
         )
 
-    ways = {"together": memory} | ({"apart": float(one)} if flags.apart else {})
+    ways = {"together": 0.0} | ({"apart": float(one)} if flags.apart else {})
     first = {name: sample(size) for name, size in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(flags.repeats):
@@ -70,7 +66,9 @@ def main() -> None:
                 "bench": "open_ended",
                 "snapshots": flags.snapshots,
                 "prompts": len(prompts),
+                "prompt_tokens": sum(map(len, prompts)),
                 "new_tokens": flags.new_tokens,
+                "work_digest": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
                 "seconds": seconds,
                 "new_tokens_per_s": {name: round(count / value, 1) for name, value in medians.items()},
                 "same_tokens": min(float((first["together"].tokens == x.tokens).mean()) for x in first.values()),

@@ -138,12 +138,12 @@ def groups(
     return [indices[i : i + size] for i in range(0, len(indices), size)]
 
 
-def most_on_cpu(a_device: int, model: Model, mesh: Mesh, memory_bytes: float) -> int | None:
-    """Snapshots of a group where a CPU takes few of them a device; None: as many as the memory holds, which is so on
-    other devices, with `memory_bytes` given, and with adapters."""
+def most_on_cpu(model: Model, mesh: Mesh, memory_bytes: float) -> int | None:
+    """Snapshots of a group where a CPU takes one a device; None: as many as the memory holds, which is so on other
+    devices, with `memory_bytes` given, and with adapters."""
     if jax.default_backend() != "cpu" or memory_bytes or model.lora:
         return None
-    return a_device * mesh.size // mesh.shape["tensor"]
+    return mesh.size // mesh.shape["tensor"]
 
 
 def size_in_bytes(params: Any) -> int:
@@ -256,7 +256,7 @@ def evaluate(
       counts: int64 [items, answers], scored tokens.
     """
     copies = mesh.shape["data"] if model.lora else 1
-    parts = groups(len(readers), model, memory_bytes, copies, most_on_cpu(1, model, mesh, memory_bytes))
+    parts = groups(len(readers), model, memory_bytes, copies, most_on_cpu(model, mesh, memory_bytes))
     mesh = mesh if model.lora else evaluator_mesh(mesh, len(parts[0]))
     shards = sharding.batch_shards(mesh)
     plan = layout(items, -(-(rows or 4 * shards) // shards) * shards, shards)

@@ -30,21 +30,10 @@ from vdjax.probes.readouts import Variant
 from vdjax.probes.sets import Probe
 from vdjax.sampling import Samples, Sampling
 from vdjax.sampling.decode import Knobs, Prompts, decode
-from vdjax.sampling.generate import (
-    STATIC,
-    batches_of,
-    bucket,
-    check,
-    check_rows,
-    default_rows,
-    filtered,
-    knobs,
-    layout,
-    put,
-)
+from vdjax.sampling.generate import ROWS, STATIC, batches_of, bucket, check, check_rows, filtered, knobs, layout, put
 from vdjax.sampling.text import response_text
 
-TOGETHER_ON_CPU = 4  # snapshots a device: with more or fewer, fewer tokens a second were sampled
+ROWS_ON_CPU = 160  # prompts a call and device: with fewer, or as many of several snapshots, fewer tokens a second
 SHORTEST_REPETITION = 60  # characters; "No, no, no!" is an answer
 PIECE = 12  # characters
 FEWEST_DISTINCT = 0.5
@@ -190,11 +179,11 @@ def generate(
     Args:
       model, readers, base: as in `evaluator.evaluate`: snapshots of adapters lie beside one base.
       tokens, seeds: of each prompt.
-      rows: prompts a call at most; 0 takes 32 for each batch shard, on CPU 64. Fewer are taken where their caches lack
-        room.
+      rows: prompts a call at most; 0 takes 32 for each batch shard, on CPU 160. Fewer are taken where their caches
+        lack room.
       memory_bytes: for the parameters held at once on all devices, of which sampling makes a second copy; the caches of
         keys and values may take half as much beside them, unless one row a batch shard takes more. 0 takes half of what
-        there is, on CPU for at most four snapshots a device (of adapters, more).
+        there is, on CPU for one snapshot a device (of adapters, more).
 
     Returns:
       NumPy arrays with the axes [snapshots, prompts, ...].
@@ -207,13 +196,14 @@ def generate(
     check_rows(tokens, numbers, stop_ids, model.cfg.vocab_size)
     memory = memory_bytes or evaluator.default_memory()
     copies = 2 * (mesh.shape["data"] if model.lora else 1)
-    most = evaluator.most_on_cpu(TOGETHER_ON_CPU, model, mesh, memory_bytes)
+    most = evaluator.most_on_cpu(model, mesh, memory_bytes)
     parts = evaluator.groups(len(readers), model, memory_bytes, copies, most)
     mesh = mesh if model.lora else evaluator.evaluator_mesh(mesh, len(parts[0]))
     shards = sharding.batch_shards(mesh)
     slots = bucket(max(map(len, tokens))) + sampling.max_new_tokens - 1
     room = int(memory / 2 // (len(parts[0]) * cache_bytes(model, slots)))
-    most_rows = max(shards, min(rows or default_rows(shards), room // shards * shards))
+    each = ROWS_ON_CPU if jax.default_backend() == "cpu" else ROWS
+    most_rows = max(shards, min(rows or each * shards, room // shards * shards))
     batches = list(batches_of([len(prompt) for prompt in tokens], most_rows, shards))
     shape = (len(readers), len(tokens))
     ids, log_probs = (np.zeros((*shape, sampling.max_new_tokens), dtype) for dtype in (np.int32, np.float32))
@@ -238,7 +228,11 @@ def run(graphdef: Any, stacked: Any, base: Any, batch: Prompts, knobs: Knobs, **
     def one(params: Any) -> Samples:
         return decode(graphdef, lora.join(base, params), batch, knobs, **how)
 
-    return jax.vmap(one, in_axes=(hf.snapshot_axes(stacked),), spmd_axis_name="snapshot")(stacked)
+    axes = hf.snapshot_axes(stacked)
+    count = jax.tree.leaves(jax.tree.map(lambda x, axis: x.shape[axis], stacked, axes))[0]
+    if count == 1:  # under vmap XLA on CPU would copy the caches at every token
+        return jax.tree.map(lambda x: x[None], one(jax.tree.map(jax.numpy.squeeze, stacked, axes)))
+    return jax.vmap(one, in_axes=(axes,), spmd_axis_name="snapshot")(stacked)
 
 
 def cache_bytes(model: Model, slots: int) -> int:

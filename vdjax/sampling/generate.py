@@ -71,17 +71,14 @@ def generate(
         np.zeros((len(prompts), sampling.max_new_tokens), np.float32),
         np.zeros(len(prompts), bool),
     )
-    batches = list(batches_of([len(prompt) for prompt in prompts], rows or default_rows(shards), shards))
+    rows = rows or shards * (FEW_ROWS if jax.default_backend() == "cpu" else ROWS)
+    batches = list(batches_of([len(prompt) for prompt in prompts], rows, shards))
     for places, shape in progress(batches, len(batches)):
         batch = put(layout([prompts[i] for i in places], numbers[places], shape, shards), mesh)
         samples = run(model, params, batch, sampling, stop_ids)
         for whole, part in zip(out, samples, strict=True):
             whole[places] = sharding.fetch(part)[: len(places)]
     return out
-
-
-def default_rows(shards: int) -> int:
-    return (FEW_ROWS if jax.default_backend() == "cpu" else ROWS) * shards
 
 
 def run(model: Model, params: Any, batch: Prompts, sampling: Sampling, stop_ids: Sequence[int]) -> Samples:
