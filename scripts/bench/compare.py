@@ -61,7 +61,7 @@ RUNS: dict[str, tuple[str, str]] = {
     "generate-hf": ("peer", "{peers}/hf_generate.py --model {model} --data {data}"),
     "generate-vdjax": ("own", "{here}/sample.py --model {model} --rows {rows}"),
     "open-ended-hf": ("peer", "{peers}/hf_generate.py --model {model} --data {asked} --batch 320 --steps 1"),
-    "open-ended-vdjax": ("own", "{here}/open_ended.py --model {model} --rows {asked_rows} --repeats 1"),
+    "open-ended-vdjax": ("own", "{here}/open_ended.py --model {model} --rows {asked_rows} --snapshots 2 --repeats 1"),
     "growth": ("own", "{here}/growth.py"),
 }
 TRAINS = [name for name in RUNS if "vdjax" in name and name[:4] in ("dpo-", "sft-")]
