@@ -60,7 +60,8 @@ RUNS: dict[str, tuple[str, str]] = {
     ),
     "generate-hf": ("peer", "{peers}/hf_generate.py --model {model} --data {data}"),
     "generate-vdjax": ("own", "{here}/sample.py --model {model} --rows {rows}"),
-    "open-ended-hf": ("peer", "{peers}/hf_generate.py --model {model} --data {asked} --batch 320 --steps 1"),
+    "open-ended-hf-40": ("peer", "{peers}/hf_generate.py --model {model} --data {asked} --batch 40 --steps 1"),
+    "open-ended-hf-160": ("peer", "{peers}/hf_generate.py --model {model} --data {asked} --batch 160 --steps 1"),
     "open-ended-vdjax": ("own", "{here}/open_ended.py --model {model} --rows {asked_rows} --snapshots 2 --repeats 1"),
     "growth": ("own", "{here}/growth.py"),
 }
@@ -149,14 +150,17 @@ LINES = [
         "tokens/s",
         2,
     ),
-    Line(
-        "Open-ended probes, 64 questions x 5",
-        "open-ended-vdjax",
-        "new_tokens_per_s.together",
-        "open-ended-hf",
-        "new_tokens_per_s",
-        "tokens/s",
-        3,
+    *(
+        Line(
+            "Open-ended probes, 64 questions x 5",
+            "open-ended-vdjax",
+            "new_tokens_per_s.together",
+            f"open-ended-hf-{batch}",
+            "new_tokens_per_s",
+            "tokens/s",
+            3,
+        )
+        for batch in (40, 160)
     ),
 ]
 
