@@ -86,7 +86,7 @@ def test_commands_of_every_entry_point_are_shown() -> None:
 def test_ci_runs_the_test_command() -> None:
     assert "pip install '.[dev]' && pytest" in TEXT
     script = (ROOT / ".ci" / "run").read_text()
-    assert '"$wheel[dev]"' in script
+    assert '"${wheel}[dev]"' in script
     assert script.rstrip().splitlines()[-1] == "pytest"
 
 

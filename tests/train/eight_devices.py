@@ -42,7 +42,6 @@ LAYOUTS: list[dict[str, Any]] = [
     {"data": 2, "fsdp": 2, "tensor": 2},
     {"data": 2, "context": 4},
     {"fsdp": 2, "context": 2, "tensor": 2},
-    {"data": 2, "context": 2, "tensor": 2},
 ]
 SFT_LAYOUTS = LAYOUTS[2:5]
 HEAD_LAYOUTS = [*LAYOUTS[1:5], {"tensor": 8}, {"context": 8}, {"snapshot": 2, "context": 2, "tensor": 2}]

@@ -14,7 +14,6 @@ LAYOUTS = {
     "data=2,fsdp=2,tensor=2": [2, 16, 24],
     "data=2,context=4": [2, 8, 48],
     "fsdp=2,context=2,tensor=2": [2, 8, 24],
-    "data=2,context=2,tensor=2": [2, 16, 24],
 }
 
 

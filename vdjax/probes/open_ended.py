@@ -29,7 +29,7 @@ from vdjax.probes import evaluator, readouts
 from vdjax.probes.readouts import Variant
 from vdjax.probes.sets import Probe
 from vdjax.sampling import Samples, Sampling
-from vdjax.sampling.decode import Knobs, Prompts, decode
+from vdjax.sampling.decode import Knobs, Prompts, cache_slots, decode
 from vdjax.sampling.generate import ROWS, STATIC, batches_of, bucket, check, check_rows, filtered, knobs, layout, put
 from vdjax.sampling.text import response_text
 
@@ -200,7 +200,7 @@ def generate(
     parts = evaluator.groups(len(readers), model, memory_bytes, copies, most)
     mesh = mesh if model.lora else evaluator.evaluator_mesh(mesh, len(parts[0]))
     shards = sharding.batch_shards(mesh)
-    slots = bucket(max(map(len, tokens))) + sampling.max_new_tokens - 1
+    slots = cache_slots(bucket(max(map(len, tokens))), sampling.max_new_tokens)
     room = int(memory / 2 // (len(parts[0]) * cache_bytes(model, slots)))
     each = ROWS_ON_CPU if jax.default_backend() == "cpu" else ROWS
     most_rows = max(shards, min(rows or each * shards, room // shards * shards))
