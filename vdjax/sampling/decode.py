@@ -38,9 +38,9 @@ class Prompts(NamedTuple):
     A row of length 0 is no row: nothing is sampled behind it.
     """
 
-    tokens: Int32[Any, "groups packed room"]
-    positions: Int32[Any, "groups packed room"]
-    segments: Int32[Any, "groups packed room"]  # 0 is padding
+    tokens: Int32[Any, "groups packed width"]
+    positions: Int32[Any, "groups packed width"]
+    segments: Int32[Any, "groups packed width"]  # 0 is padding
     places: Int32[Any, "groups each width"]  # of a row's tokens among its group's; they end at the right
     lengths: Int32[Any, "rows"]
     seeds: UInt32[Any, "rows parts"]  # of each row's own random numbers
@@ -111,7 +111,7 @@ def prefill(
     groups, each, width = prompts.places.shape
     rows = groups * each
     model = nnx.merge(graphdef, layers[0])
-    tokens, positions, segments = (x.reshape(-1, x.shape[-1]) for x in prompts[:3])
+    tokens, positions, segments = (x.reshape(-1, width) for x in prompts[:3])
     cos, sin = rope_tables(model.cfg, positions)
     x = model.embedded(tokens)
 

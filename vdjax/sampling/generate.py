@@ -16,7 +16,6 @@ from vdjax.models.products import FEW_ROWS, jit
 from vdjax.sampling.decode import Knobs, Prompts, Samples, decode
 
 ROWS = 32  # of a batch, for each of the batch's shards; on CPU FEW_ROWS, the most that its fast product takes
-PACKED = 256  # tokens of a packed row of shorter prompts
 STATIC = ("max_new_tokens", "stop_ids", "filtered")  # arguments of `decode` that a program is compiled for
 
 
@@ -122,16 +121,15 @@ def rounded(number: int, least: int) -> int:
 
 
 def layout(prompts: Sequence[Sequence[int]], seeds: np.ndarray, shape: tuple[int, int], groups: int = 1) -> Prompts:
-    """A batch of `shape` [rows, width]: each group's prompts in packed rows of several widths, of few numbers.
+    """A batch of `shape` [rows, width]: each group's prompts packed into rows, of few possible numbers.
 
     Equal prompts of a group are packed once. Rows without a prompt have the length 0.
     """
     (rows, width), each = shape, shape[0] // groups
-    room = width * min(max(PACKED // width, 1), each)
     parts = [[tuple(prompt) for prompt in prompts[start : start + each]] for start in range(0, rows, each)]
     distinct = [list(dict.fromkeys(part)) for part in parts]
-    packs = [packing.best_fit([len(prompt) for prompt in part], room) for part in distinct]
-    grid = (groups, rounded(max(map(len, packs)), 1), room)
+    packs = [packing.best_fit([len(prompt) for prompt in part], width) for part in distinct]
+    grid = (groups, rounded(max(map(len, packs)), 1), width)
     tokens, positions, segments = (np.zeros(grid, np.int32) for _ in range(3))
     places, lengths = np.zeros((groups, each, width), np.int32), np.zeros(rows, np.int32)
     for g, pack in enumerate(packs):
@@ -141,7 +139,7 @@ def layout(prompts: Sequence[Sequence[int]], seeds: np.ndarray, shape: tuple[int
             for number, prompt in enumerate((distinct[g][i] for i in items), start=1):
                 here = slice(at, at + len(prompt))
                 tokens[g, r, here], positions[g, r, here], segments[g, r, here] = prompt, range(len(prompt)), number
-                starts[prompt], at = r * room + at, here.stop
+                starts[prompt], at = r * width + at, here.stop
         for row, prompt in enumerate(parts[g]):
             places[g, row, width - len(prompt) :] = starts[prompt] + np.arange(len(prompt))
             lengths[g * each + row] = len(prompt)
