@@ -301,7 +301,7 @@ def draw(ratios: list[tuple[str, list[float], float]], file: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(ratios)), [name for name, _, _ in ratios])
     axes.invert_yaxis()
-    axes.set_xlabel("times better than the peer: median (bar), rounds (points), goal (dotted)")
+    axes.set_xlabel("times better: median (bar), rounds (points), goal (dotted)")
     drawn.savefig(file, dpi=150)
 
 
