@@ -17,7 +17,7 @@ from vdjax.models import hf, lora
 from vdjax.models.functional import Model, make_model
 from vdjax.models.log_probs import token_log_probs
 from vdjax.sampling import Samples, Sampling, generate
-from vdjax.sampling.decode import decode
+from vdjax.sampling.decode import cache_slots, decode
 from vdjax.sampling.generate import bucket, knobs, layout
 
 MESH = sharding.make_mesh(devices=jax.devices()[:1])
@@ -163,8 +163,8 @@ def test_snapshots_under_vmap_each_give_their_own(llama: tuple[Model, Any]) -> N
     assert len({np.asarray(x).tobytes() for x in got.tokens}) == 3
     # One condition for all: no part of the loop chooses between old and new caches.
     text = many.lower(stacked).as_text()
-    assert f"tensor<3x5x2x8x{48 + NEW - 1}xf32>" in text
-    assert not [line for line in text.splitlines() if "select" in line and f"5x2x8x{48 + NEW - 1}xf32>" in line]
+    assert f"tensor<3x5x2x8x{cache_slots(48, NEW)}xf32>" in text
+    assert not [line for line in text.splitlines() if "select" in line and f"5x2x8x{cache_slots(48, NEW)}xf32>" in line]
 
 
 def test_adapters_sample_as_the_merged_model(qwen: tuple[Model, Any]) -> None:
