@@ -74,7 +74,6 @@ def experiment() -> ConfigDict:
     c.probes.judges = ()  # names of judges (below) of the responses
     c.probes.rows = 0  # rows a call of the evaluator; 0: four for each batch shard
     c.probes.memory_gb = 0.0  # for snapshots held at once on all devices; 0: half of it, on CPU for one a device
-    # (four that are sampled from)
     c.probes.max_length = 512  # tokens of a probe with its chat template and longest answer
 
     c.judges = ConfigDict()  # by name, each made by `judge`

@@ -229,8 +229,8 @@ def run(graphdef: Any, stacked: Any, base: Any, batch: Prompts, knobs: Knobs, **
         return decode(graphdef, lora.join(base, params), batch, knobs, **how)
 
     axes = hf.snapshot_axes(stacked)
-    count = jax.tree.leaves(jax.tree.map(lambda x, axis: x.shape[axis], stacked, axes))[0]
-    if count == 1:  # under vmap XLA on CPU would copy the caches at every token
+    leaf, axis = jax.tree.leaves(stacked)[0], jax.tree.leaves(axes)[0]
+    if leaf.shape[axis] == 1:  # under vmap XLA on CPU would copy the caches at every token
         return jax.tree.map(lambda x: x[None], one(jax.tree.map(jax.numpy.squeeze, stacked, axes)))
     return jax.vmap(one, in_axes=(axes,), spmd_axis_name="snapshot")(stacked)
 

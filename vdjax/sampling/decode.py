@@ -20,7 +20,7 @@ from vdjax.models.transformer import Layer, Params, Transformer
 from vdjax.sampling.choose import choose
 from vdjax.sharding import constrain
 
-SLOTS = 16  # with a number of slots that no vector divides, attention over a cache takes a third longer on CPU
+SLOTS = 16  # with a number that no vector divides, attention of few rows over a cache takes a third longer on CPU
 
 
 class Samples(NamedTuple):

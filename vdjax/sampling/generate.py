@@ -121,7 +121,7 @@ def rounded(number: int, least: int) -> int:
 
 
 def layout(prompts: Sequence[Sequence[int]], seeds: np.ndarray, shape: tuple[int, int], groups: int = 1) -> Prompts:
-    """A batch of `shape` [rows, width]: each group's prompts packed into rows, of few possible numbers.
+    """A batch of `shape` [rows, width]: each group's prompts packed into a multiple of an eighth of its rows.
 
     Equal prompts of a group are packed once. Rows without a prompt have the length 0.
     """
@@ -129,7 +129,8 @@ def layout(prompts: Sequence[Sequence[int]], seeds: np.ndarray, shape: tuple[int
     parts = [[tuple(prompt) for prompt in prompts[start : start + each]] for start in range(0, rows, each)]
     distinct = [list(dict.fromkeys(part)) for part in parts]
     packs = [packing.best_fit([len(prompt) for prompt in part], width) for part in distinct]
-    grid = (groups, rounded(max(map(len, packs)), 1), width)
+    step = max(1, each // 8)
+    grid = (groups, -(-max(map(len, packs)) // step) * step, width)
     tokens, positions, segments = (np.zeros(grid, np.int32) for _ in range(3))
     places, lengths = np.zeros((groups, each, width), np.int32), np.zeros(rows, np.int32)
     for g, pack in enumerate(packs):
