@@ -1,10 +1,12 @@
 """Runs `python -m vdjax.main` and stops itself: python stop_at.py HOW STAGE STEP [arguments of vdjax.main]
 
 KILL: SIGKILL once the step is logged. TERM: SIGTERM there, which vdjax.main answers. STOP: SIGSTOP there, as if hung.
-FAIL: an error there. SAVE: SIGKILL while the step's snapshot or resume point is being written. RUN: none of these.
+FAIL: an error there. SAVE: SIGKILL while the step's snapshot or resume point is being written. FULL: the disk is
+full for files of more than 20 kB, which snapshots have. RUN: none of these.
 """
 
 import os
+import resource
 import signal
 import sys
 from typing import Any
@@ -33,6 +35,8 @@ def arm(how: str, stage: str, at: int) -> None:
         if (manager.directory.parent.name, step) == (stage, at) and how == "SAVE":
             os.kill(os.getpid(), signal.SIGKILL)
 
+    if how == "FULL":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     loop.peak_flops = lambda: 1e9  # measuring it takes seconds, and so do the report's statistics and figures
     report.RESAMPLES = report.PERMUTATIONS = 99
     report.figures.draw = lambda *_: {}

@@ -10,9 +10,9 @@ from vdjax.drift import statistics
 from vdjax.drift.scores import StageInfo
 
 STAGE = [StageInfo("s", "dpo", 100, None)]
-RUNS = 1000
+RUNS = 600
 DRIFTS = np.repeat([0.0, 0.25], RUNS // 2)
-JUDGED = DRIFTS[200:-200]  # sampled responses take longer
+JUDGED = DRIFTS[100:-100]  # sampled responses take longer
 
 
 @pytest.fixture(scope="module")

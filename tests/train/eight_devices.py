@@ -43,7 +43,7 @@ LAYOUTS: list[dict[str, Any]] = [
     {"data": 2, "context": 4},
     {"fsdp": 2, "context": 2, "tensor": 2},
 ]
-SFT_LAYOUTS = LAYOUTS[2:5]
+SFT_LAYOUTS = [LAYOUTS[2], LAYOUTS[4]]
 HEAD_LAYOUTS = [*LAYOUTS[1:5], {"tensor": 8}, {"context": 8}, {"snapshot": 2, "context": 2, "tensor": 2}]
 STEPS, SFT_STEPS = 10, 4
 SHAPE = Shape(8, 40, 16)
@@ -220,7 +220,7 @@ def main() -> None:
     for sizes in LAYOUTS:
         mesh, found = sharding.make_mesh(**sizes), {}
         found |= train(made, start, mesh, 8)
-        if sizes in (LAYOUTS[1], LAYOUTS[2], LAYOUTS[4]):
+        if sizes in SFT_LAYOUTS:
             found |= probe(made, start, mesh)
         if sizes in SFT_LAYOUTS:
             more, state = sft(made, start, mesh, 8)

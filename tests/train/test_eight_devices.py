@@ -35,7 +35,6 @@ def test_ten_steps_give_the_losses_of_one_device(results: dict[str, Any], layout
 # Layout -> the parts of the factors of the same kernel's second moments, 2 x 32 (rows) and 2 x 48 (columns).
 FACTORS = {
     "data=2,fsdp=2,tensor=2": ([2, 16], [2, 24]),
-    "data=2,context=4": ([2, 8], [2, 48]),
     "fsdp=2,context=2,tensor=2": ([2, 8], [2, 24]),
 }
 
@@ -71,7 +70,7 @@ def test_the_splash_kernels_with_spread_rows_are_plain_attention(results: dict[s
 
 @pytest.mark.parametrize(
     ("layout", "snapshot_axis"),
-    [("fsdp=8", 4), ("data=2,fsdp=2,tensor=2", 4), ("fsdp=2,context=2,tensor=2", 4)],
+    [("data=2,fsdp=2,tensor=2", 4), ("fsdp=2,context=2,tensor=2", 4)],
 )
 def test_probing_with_a_snapshot_axis_gives_the_scores_of_one_device(
     results: dict[str, Any], layout: str, snapshot_axis: int

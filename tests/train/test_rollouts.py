@@ -27,7 +27,6 @@ from vdjax.objectives import OBJECTIVES
 from vdjax.train import loop, rewards
 from vdjax.train.losses import LossSpec, counts_of, loss_and_metrics
 
-GROUPS = ("rloo", "grpo", "dr_grpo", "dapo")
 SPEEDS = ("tokens_per_s", "examples_per_s", "mfu", "seconds", "sample_seconds", "new_tokens_per_s")
 
 
@@ -75,7 +74,7 @@ def test_a_bandit_and_a_say_this_token_task_are_solved(
     assert np.mean([row["reward"] for row in rows[-11:-1]]) >= 0.95
 
 
-@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("name", ["rloo", "dapo"])
 def test_on_the_first_update_ratios_are_1_and_the_kl_is_0(name: str, tiny_data: Path, tmp_path: Path) -> None:
     rows = metrics(run(config_of(tiny_data, name, "--config.rl.max_steps=2"), tmp_path / "run"), "rl")
     first, second = (row for row in rows if "loss" in row)
@@ -84,7 +83,7 @@ def test_on_the_first_update_ratios_are_1_and_the_kl_is_0(name: str, tiny_data: 
     assert second["kl"] != 0 and second["ratio"] == 1
     assert 0 < first["sampler_gap"] < 1e-4
     # With ratios of 1 the loss is the mean of the responses' advantages, which in each group sum to 0.
-    if name in ("rloo", "grpo"):
+    if name == "rloo":
         assert abs(first["policy_loss"]) < 1e-5
 
 
@@ -261,10 +260,11 @@ def test_gradients_agree_with_finite_differences(qwen: tuple[Model, Any], hyper:
         spec = LossSpec(made.graphdef, "ppo", settings, sequences, 16)
         counts = counts_of(spec, {name: x[None] for name, x in batch.items()})
 
+        @jax.jit
         def loss(params: Any) -> jax.Array:
             return loss_and_metrics(spec, params, batch, counts)[0]
 
-        gradient = jax.grad(loss)(params)
+        gradient = jax.jit(jax.grad(loss))(params)
         rng = np.random.default_rng(0)
         direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), params)
         slope = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))

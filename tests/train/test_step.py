@@ -1,5 +1,6 @@
 """The train step against gradients that are put together from unpacked log-probs and closed-form derivatives."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,8 +153,15 @@ def check(state: TrainState, metrics: dict[str, Any], params: Any, case: Case) -
     [("dpo", layout) for layout in LAYOUTS] + [("sft", LAYOUTS[1]), ("simpo", LAYOUTS[2])],
 )
 def test_gradient_and_metrics_for_any_layout(
-    qwen: tuple[Model, Any], cases: dict[str, Case], objective: str, layout: tuple[int, int, int]
+    qwen: tuple[Model, Any],
+    cases: dict[str, Case],
+    objective: str,
+    layout: tuple[int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """DPO with several sizes of microbatches."""
+    if objective == "dpo":
+        monkeypatch.setattr("vdjax.train.step.LITTLE_WORK", 0)
     made, params = qwen
     case = cases[objective]
     batch = batch_of(case.data, layout, case.reference if objective == "dpo" else None)
@@ -204,7 +212,7 @@ def test_empty_microbatches_are_skipped(qwen: tuple[Model, Any], cases: dict[str
 def test_padding_at_the_end_of_a_single_row_is_not_looked_at(
     qwen: tuple[Model, Any], cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vdjax.train.step.SHORT_ROW", 0)
+    monkeypatch.setattr("vdjax.train.step.LITTLE_WORK", 0)
     made, params = qwen
     batch = batch_of(PAIRS, (128, 4, 1), cases["dpo"].reference)
     sizes = np.array([64, 128])
@@ -216,9 +224,8 @@ def test_padding_at_the_end_of_a_single_row_is_not_looked_at(
 
 
 def test_a_batch_of_one_microbatch_and_one_size_is_not_looped_over(
-    qwen: tuple[Model, Any], cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
+    qwen: tuple[Model, Any], cases: dict[str, Case]
 ) -> None:
-    monkeypatch.setattr("vdjax.train.step.SHORT_ROW", 512)
     made, params = qwen
     state, metrics = plain_step(made, "dpo")(start(params), batch_of(PAIRS, (448, 1, 1), cases["dpo"].reference))
     check(state, metrics, params, cases["dpo"])
@@ -400,24 +407,29 @@ def test_adapters_alone_are_trained(qwen: tuple[Model, Any], cases: dict[str, Ca
             np.testing.assert_allclose(moved, want[side], rtol=0, atol=1e-5 * float(jnp.abs(want[side]).max() + 1))
 
 
-def computed_of(segments: np.ndarray) -> tuple[int, int]:
-    """The shape that `for_each_microbatch` takes of a microbatch and of its rows' own arrays; (-1, -1): nothing."""
+def computed_of(segments: np.ndarray, work: float = 1e12) -> tuple[int, int]:
+    """The shape that `for_each_microbatch` takes of a microbatch and of its rows' own arrays; (-1, -1): nothing.
+
+    With parameters of so many FLOPs a microbatch.
+    """
     batch = {"tokens": segments, "segment_ids": segments, "loss_mask": segments > 0}
-
-    def computed(batch: Any, of_rows: Any) -> Any:
-        ref = jax.new_ref(jnp.full((2, 2), -1))
-
-        def run(number: Any, part: Any, of_rows: Any) -> None:
-            assert len(of_rows) == len(part["tokens"])
-            ref[number] = jnp.array(part["tokens"].shape)
-
-        for_each_microbatch(run, batch, of_rows)
-        return jax.freeze(ref)
-
     empty_first = jax.tree.map(lambda x: np.stack([np.zeros_like(x), x]), (batch, np.zeros((len(segments), 2))))
-    first, second = jax.jit(computed)(*empty_first).tolist()
+    first, second = computed(round(work / 2 / segments.size), *empty_first).tolist()
     assert first == [-1, -1]
     return tuple(second)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def computed(weights: int, batch: Any, of_rows: Any) -> jax.Array:
+    """The shapes that `for_each_microbatch` takes of two microbatches."""
+    ref = jax.new_ref(jnp.full((2, 2), -1))
+
+    def run(number: Any, part: Any, of_rows: Any) -> None:
+        assert len(of_rows) == len(part["tokens"])
+        ref[number] = jnp.array(part["tokens"].shape)
+
+    for_each_microbatch(run, jax.ShapeDtypeStruct((weights,), jnp.float32), batch, of_rows)
+    return jax.freeze(ref)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 4, 7])
@@ -428,8 +440,16 @@ def test_no_more_rows_are_computed_than_the_next_size_that_holds_those_in_use(ro
         assert computed_of(segments) == ((min(s for s in sizes if s >= used), 3) if used else (-1, -1))
 
 
-@pytest.mark.parametrize(("length", "sizes"), [(30, {30}), (256, {256}), (320, {192, 256, 320})])
+@pytest.mark.parametrize(("length", "sizes"), [(30, {30}), (100, {64, 100}), (320, {192, 256, 320})])
 def test_a_single_row_is_computed_up_to_the_next_size_that_holds_its_tokens(length: int, sizes: set[int]) -> None:
     for used in range(0, length + 1, 5):
         segments = (np.arange(length) < used)[None].astype(np.int32)
         assert computed_of(segments) == ((1, min(s for s in sizes if s >= used)) if used else (-1, -1))
+
+
+@pytest.mark.parametrize(("whole", "part"), [((1, 320), (1, 192)), ((4, 3), (2, 3))])
+def test_a_microbatch_of_little_work_is_computed_whole(whole: tuple[int, int], part: tuple[int, int]) -> None:
+    segments = np.zeros(whole, np.int32)
+    segments[0, 0] = 1
+    assert computed_of(segments, 0.9e10) == whole
+    assert computed_of(segments, 1.1e10) == part

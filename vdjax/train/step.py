@@ -29,7 +29,8 @@ from vdjax.train.losses import (
     shares,
 )
 
-SHORT_ROW = 256  # tokens up to which a single row is computed whole: each size is a program to compile
+# FLOPs of a microbatch's forward pass up to which it is computed whole: each size is a program to compile.
+LITTLE_WORK = 1e10
 
 
 class TrainState(NamedTuple):
@@ -81,7 +82,7 @@ def make_train_step(
                 add_to(gradient_sums, *pull(jnp.ones_like(own)))
             add_to(metric_sums, found)
 
-        for_each_microbatch(add, batch, slopes)
+        for_each_microbatch(add, join(frozen, state.params), batch, slopes)
         grads, metrics = jax.tree.map(jax.freeze, (gradient_sums, metric_sums))
         metrics |= measured
 
@@ -112,14 +113,17 @@ def adds_in_place(spec: LossSpec, params: Any, trained: Any) -> bool:
     return dtypes == {np.dtype(np.float32)}
 
 
-def for_each_microbatch(run: Callable[[Array, Batch, Any], None], batch: Batch, of_rows: Any = None) -> None:
+def for_each_microbatch(
+    run: Callable[[Array, Batch, Any], None], params: Any, batch: Batch, of_rows: Any = None
+) -> None:
     """Calls `run(number, part, its of_rows)` on each microbatch with a scored token, and on the only one of a batch for
     which one size is compiled; what it finds it writes to refs.
 
     A part is without the padding at its end: that of a single row, or else the empty rows. A few sizes are compiled
-    for; one alone where rows or their places are spread over devices.
+    for; one alone where rows or their places are spread over devices, or a microbatch is little work (`LITTLE_WORK`).
 
     Args:
+      params: those that `run` applies, for the work of a token.
       batch: arrays [microbatches, rows, length] or [microbatches, rows, 1].
       of_rows: arrays [microbatches, rows, ...], or None.
     """
@@ -127,8 +131,9 @@ def for_each_microbatch(run: Callable[[Array, Batch, Any], None], batch: Batch, 
     axis, whole, multiple = (0, rows, 1) if rows > 1 else (1, length, LENGTH_MULTIPLE)
     spread = parts_of("batch", rows) * parts_of("length", length) > 1
     sizes = {whole}
-    if not spread and (rows > 1 or length > SHORT_ROW):
-        sizes |= {-(-whole * quarters // 4 // multiple) * multiple for quarters in (2, 3)}
+    work = 2 * sum(x.size for x in jax.tree.leaves(params)) * rows * length
+    if not spread and work > LITTLE_WORK:
+        sizes |= {min(whole, -(-whole * quarters // 4 // multiple) * multiple) for quarters in (2, 3)}
     every = (dict(batch), of_rows)
     if microbatches == 1 and sizes == {whole}:  # in a loop, sums would lie beside a gradient of its own
         run(jnp.zeros((), jnp.int32), *first_of(every))
@@ -181,7 +186,7 @@ def make_eval_step(spec: LossSpec) -> Callable[[Any, dict[str, Array], Batch], M
             return loss_and_metrics(spec, params, part, ones)[1]
 
         sums = zero_refs(jax.eval_shape(metrics, first_of(dict(batch))))
-        for_each_microbatch(lambda _, part, __: add_to(sums, metrics(part)), batch)
+        for_each_microbatch(lambda _, part, __: add_to(sums, metrics(part)), params, batch)
         return jax.tree.map(jax.freeze, sums) | counts
 
     return eval_step
@@ -209,7 +214,7 @@ def make_score_step(
             rows, length = part["tokens"].shape
             scores[number, :rows, :length] = score(params, part)
 
-        for_each_microbatch(write, batch)
+        for_each_microbatch(write, params, batch)
         return jax.freeze(scores)
 
     return score_step
