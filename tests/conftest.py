@@ -10,7 +10,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # environment tests run what users run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
-import gc
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,6 @@ from vdjax.files import as_path
 from vdjax.models.functional import Model
 from vdjax.train import loop
 
-gc.set_threshold(50_000, 20, 50)  # tracing makes many objects and little garbage: a twelfth of a test's time
 hypothesis.settings.register_profile("untimed", deadline=None)  # the machine may be busy
 hypothesis.settings.load_profile("untimed")
 

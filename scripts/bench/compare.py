@@ -65,7 +65,7 @@ RUNS: dict[str, tuple[str, str]] = {
     "open-ended-vdjax": ("own", "{here}/open_ended.py --model {model} --rows {asked_rows} --snapshots 2 --repeats 1"),
     "growth": ("own", "{here}/growth.py"),
 }
-TRAINS = [name for name in RUNS if "vdjax" in name and name[:4] in ("dpo-", "sft-")]
+OURS = [name for name in RUNS if "vdjax" in name]
 
 
 class Line(NamedTuple):
@@ -272,23 +272,21 @@ def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], 
         middle = statistics.median(better)
         row["ratio"] = f"{middle:.2f}" + (f" [{min(better):.2f}, {max(better):.2f}]" if len(better) > 1 else "")
         row["goal"] += "" if middle >= line.goal else " (missed)"
-        if line.ours in TRAINS and line.figure[0] != "-":
+        if line.unit != "MB":
             row["goal needs"] = f"{statistics.median(figures(work, line.ours, 'utilisation')) * line.goal / middle:.0%}"
         ratios.append((f"{line.work}: {line.peer}", better, line.goal))
     return pd.DataFrame(lines), ratios
 
 
 def profiles(work: Path) -> pd.DataFrame:
-    """Where the time of a train step goes: what is needed, what a matmul's rate allows, what was measured."""
+    """Where the time of what is ours goes: what is needed, done and moved, what that takes at the machine's rates, and
+    what was measured."""
+    names = ("needed_gflop", "done_gflop", "moved_gb", "calls", "bound_s", "done_s", "moved_s", "wall_s", "utilisation")
+    names += ("matmul_gflops", "copy_gb_per_s")
     lines = []
-    for label in TRAINS:
-        if not (work / f"{label}.jsonl").exists():
-            continue
-        parts = {
-            name: figures(work, label, name)
-            for name in ("needed_gflop", "bound_s", "wall_s", "utilisation", "matmul_gflops", "padding", "peak_rss_mb")
-        }
-        lines.append({"run": label} | {name: shown(values) for name, values in parts.items()})
+    for label in OURS:
+        if (work / f"{label}.jsonl").exists():
+            lines.append({"run": label} | {name: shown(figures(work, label, name)) for name in names})
     return pd.DataFrame(lines)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import work
 
 from vdjax import config as configs
 from vdjax import runtime
@@ -23,6 +24,7 @@ from vdjax.models import hf
 from vdjax.probes import evaluator, open_ended
 from vdjax.sampling import Samples, Sampling
 from vdjax.setup import setup
+from vdjax.train.flops import peak_flops
 
 
 def main() -> None:
@@ -44,8 +46,10 @@ def main() -> None:
     reader = hf.open_reader(flags.model, made.model.cfg)
     one = 3 * evaluator.size_in_bytes(made.model.params)  # less than two copies of two snapshots
 
+    sampling = Sampling(flags.new_tokens, 0.7)
+
     def sample(memory_bytes: float) -> Samples:
-        readers, sampling = [reader] * flags.snapshots, Sampling(flags.new_tokens, 0.7)
+        readers = [reader] * flags.snapshots
         return open_ended.generate(
             made.model, readers, prompts, seeds, sampling, (), made.mesh, memory_bytes=memory_bytes
         )
@@ -60,6 +64,8 @@ def main() -> None:
             seconds[name].append(round(time.perf_counter() - start, 2))
     count = flags.snapshots * len(prompts) * flags.new_tokens
     medians = {name: float(np.median(values)) for name, values in seconds.items()}
+    counted = work.sampled(made.model, prompts, sampling, open_ended.ROWS_ON_CPU, made.mesh)
+    profile = work.profile(*(flags.snapshots * x for x in counted), medians["together"], peak_flops())
     print(
         json.dumps(
             {
@@ -70,6 +76,7 @@ def main() -> None:
                 "new_tokens": flags.new_tokens,
                 "work_digest": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
                 "seconds": seconds,
+                **profile,
                 "new_tokens_per_s": {name: round(count / value, 1) for name, value in medians.items()},
                 "same_tokens": min(float((first["together"].tokens == x.tokens).mean()) for x in first.values()),
                 "devices": len(jax.devices()),

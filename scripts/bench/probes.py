@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import work
 
 from vdjax import config as configs
 from vdjax import runtime
@@ -43,6 +45,22 @@ def questions(asked: dict[str, Any], tokenizer: Any) -> tuple[list[Item], list[l
         items.append(Item(i, 0, "statement", "", ("",) * len(both), tuple(asked["answers"]), rendered))
         sequences += both
     return items, sequences
+
+
+def counted(model: Any, items: list[Item], mesh: jax.sharding.Mesh) -> tuple[float, float, int]:
+    """Matmul FLOPs of scoring the items under one checkpoint, bytes that it moves, and calls of the program."""
+    plan = evaluator.layout(items, 4, 1)
+    axes = hf.snapshot_axes(model.params)
+    stacked = jax.tree.map(
+        lambda p, at: jax.ShapeDtypeStruct((*p.shape[:at], 1, *p.shape[at:]), p.dtype), model.params, axes
+    )
+    jitted = jax.jit(evaluator.score, static_argnums=0, static_argnames=("sequences", "chunk"))
+    how = {"sequences": plan.shape.sequences, "chunk": model.head_chunk}
+    with jax.set_mesh(mesh):
+        traced = jitted.trace(model.graphdef, stacked, {}, plan.batches[0], **how)
+        calls = len(plan.batches)
+        empty = sum(work.skipped(model.cfg, batch["loss_mask"], model.head_chunk) for batch in plan.batches)
+        return calls * work.done(traced) - empty, calls * work.moved(traced), calls
 
 
 def main() -> None:
@@ -77,19 +95,23 @@ def main() -> None:
             start = time.perf_counter()
             scores(memory)
             seconds[name].append(round(time.perf_counter() - start, 2))
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # before what is counted is compiled
+    count, wall, peak = len(flags.checkpoints), float(np.median(seconds["default"])), peak_flops()
+    prompts = [len(item.rendered.tokens[item.rendered.branches == 0]) for item in items for _ in item.answers]
+    needed = count * work.needed_forward(made.model.cfg, sequences, prompts)
+    done, moved, calls = (count * x for x in counted(made.model, items, made.mesh))
     print(
         json.dumps(
             {
                 "bench": "probe",
                 "trainer": "vdjax",
-                "checkpoints": len(flags.checkpoints),
+                "checkpoints": count,
                 "prompts": len(items),
-                "wall_s": float(np.median(seconds["default"])),
+                **work.profile(needed, done, moved, calls, wall, peak),
                 "seconds": seconds,
                 "tokens_scored": sum(len(item.rendered.tokens) for item in items),
                 "largest_difference": max(float(np.abs(first["default"] - x).max()) for x in first.values()),
-                "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-                "matmul_gflops": round(peak_flops() / 1e9),
+                "peak_rss_mb": peak_rss // 1024,
                 "work_digest": hashlib.sha256(json.dumps(sequences).encode()).hexdigest()[:16],
             }
         )

@@ -15,8 +15,10 @@ import resource
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
+import work
 
 from vdjax import config as configs
 from vdjax import sharding
@@ -55,10 +57,12 @@ def main() -> None:
     params = hf.place(hf.open_reader(flags.model, cfg), model.params, shardings(model, mesh))
     peak = peak_flops()
 
-    def sample(new_tokens: int, temperature: float = flags.temperature) -> tuple[float, list[list[int]]]:
+    def how(new_tokens: int, temperature: float = flags.temperature) -> Sampling:
+        return Sampling(new_tokens, temperature, flags.top_p, flags.top_k)
+
+    def sample(*to: Any) -> tuple[float, list[list[int]]]:
         start = time.perf_counter()
-        how = Sampling(new_tokens, temperature, flags.top_p, flags.top_k)
-        out = generate(model, params, rows, list(range(len(rows))), how, (), mesh, rows=flags.batch)
+        out = generate(model, params, rows, list(range(len(rows))), how(*to), (), mesh, rows=flags.batch)
         return time.perf_counter() - start, out.tokens.tolist()
 
     with jax.set_mesh(mesh):
@@ -67,9 +71,11 @@ def main() -> None:
         full = [sample(flags.new_tokens)[0] for _ in range(flags.steps)]
         cores = (cpu_seconds() - cpu) / (time.perf_counter() - wall)
         first = [sample(1)[0] for _ in range(flags.steps)]
+        peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # before what is counted is compiled
         greedy = sample(flags.new_tokens, 0.0)[1]
     made, seconds, first_seconds = flags.batch * flags.new_tokens, statistics.median(full), statistics.median(first)
     later = flags.new_tokens - 1
+    profile = work.profile(*work.sampled(model, rows, how(flags.new_tokens), flags.batch, mesh), seconds, peak)
     print(
         json.dumps(
             {
@@ -89,11 +95,11 @@ def main() -> None:
                 "new_tokens_per_s_min_max": [round(made / max(full), 2), round(made / min(full), 2)],
                 "decode_tokens_per_s": round(flags.batch * later / (seconds - first_seconds), 2),
                 "ms_per_decode_step": round(1000 * (seconds - first_seconds) / later, 2),
-                "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                "peak_rss_mb": peak_rss // 1024,
                 "cpu_cores_used": round(cores, 2),
                 "greedy_first_8": [row[:8] for row in greedy],
                 "work_digest": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
-                "matmul_gflops": round(peak / 1e9),
+                **profile,
                 "load_avg": [round(x, 2) for x in os.getloadavg()],
             }
         )

@@ -10,12 +10,14 @@ so that the figure means the same everywhere; `work_digest` is the SHA-256 of th
 import argparse
 import hashlib
 import json
+import math
 import resource
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+import work
 
 from vdjax import config as configs
 from vdjax import sharding
@@ -25,11 +27,12 @@ from vdjax.models import config as model_config
 from vdjax.models import hf
 from vdjax.models.functional import make_model, shardings
 from vdjax.models.products import compiler_options, jit
+from vdjax.train import step as train_step
 from vdjax.train import supervised
 from vdjax.train.flops import peak_flops, train_flops
 from vdjax.train.optimizer import make_optimizer
 from vdjax.train.stage import device_batch, facts_of, fresh_state
-from vdjax.train.step import make_score_step, make_train_step
+from vdjax.train.step import make_score_step, make_train_step, microbatch_sizes
 
 
 def dataset(rows: list[dict], objective: str) -> pipeline.Dataset:
@@ -104,11 +107,13 @@ def main() -> None:
             state, metrics = step(state, {}, device_batch(batches[i], mesh))
             logs.append({k: float(v) for k, v in metrics.items()})
             seconds.append(time.perf_counter() - start)
+        peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # before what is counted is compiled
+        measured = [batches[i] for i in range(flags.warmup, len(steps))]
+        done, moved = counted(cfg, spec, optimizer, state, measured, mesh)
     wall, timed = sum(seconds[flags.warmup :]), rows[flags.warmup * flags.batch :]
     real = sum(map(len, sequences(timed, flags.batch, flags.objective)))
     shared = int(data.offsets[-1] - data.offsets[flags.warmup * flags.batch])
     share = reference_seconds * len(timed) / len(rows)
-    measured = [batches[i] for i in range(flags.warmup, len(steps))]
     facts = facts_of(measured, np.zeros(0))
     used_rows = sum(int((batch["segment_ids"] > 0).any(-1).sum()) for batch in measured)  # empty ones are skipped
     needed = train_flops(cfg, facts.tokens, facts.scored, facts.attended)
@@ -126,20 +131,40 @@ def main() -> None:
                 "real_tokens_per_s": round(real / wall, 2),
                 "tokens_processed_per_s": round(shared / wall, 2),
                 "padding": round(1 - facts.tokens / (used_rows * shape.length), 4),
-                "needed_gflop": round(needed / 1e9, 1),  # forward and backward, matmuls alone
-                "utilisation": round(needed / wall / peak, 4),  # of the rate of a float32 matmul, measured now
-                "bound_s": round(needed / peak, 3),
-                "wall_s": round(wall, 3),
+                **work.profile(needed, done, moved, len(measured), wall, peak),
                 "step_s": [round(s, 3) for s in seconds],
                 "compile_s": round(compile_seconds, 1),
                 "reference_s": round(reference_seconds, 2),
-                "matmul_gflops": round(peak / 1e9),
-                "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                "peak_rss_mb": peak_rss // 1024,
                 "per_step": {k: [round(log[k], 6) for log in logs] for k in ("loss", "grad_norm")},
                 "work_digest": hashlib.sha256(digest.encode()).hexdigest()[:16],
             }
         )
     )
+
+
+def counted(cfg, spec, optimizer, state, batches, mesh):
+    """Matmul FLOPs of the steps of these batches, and bytes that they move, had every microbatch been whole."""
+    first = device_batch(batches[0], mesh)
+    axis, sizes = microbatch_sizes(state.params, *first["tokens"].shape[1:])
+    train_step.LITTLE_WORK = math.inf  # one size: that of the batch
+
+    def trace(batch):
+        return jax.jit(make_train_step(spec, optimizer), donate_argnums=0).trace(state, {}, batch)
+
+    def one(size):
+        return {name: x[:1, :size] if axis == 0 else x[:1, :, :size] for name, x in first.items()}
+
+    flops = [work.done(trace(one(size))) for size in sizes]
+    done = 0.0
+    for batch in batches:
+        for segments, mask in zip(batch["segment_ids"], batch["loss_mask"], strict=True):
+            if mask.any():
+                used = np.flatnonzero((segments > 0).any(axis=1 - axis))[-1] + 1
+                i = np.searchsorted(sizes, used)
+                part = mask[: sizes[i]] if axis == 0 else mask[:, : sizes[i]]
+                done += flops[i] - 4 * work.skipped(cfg, part, spec.head_chunk)  # logits twice, two gradients
+    return done, len(batches) * work.moved(trace(first))
 
 
 def reference_pass(model, params, stage, data, mesh):

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-compare = tiny.load_script("bench/compare.py")
+from vdjax.models.config import from_hf
+from vdjax.train.flops import train_flops
+
+compare, work = tiny.load_script("bench/compare.py"), tiny.load_script("bench/work.py")
 
 
 def write(folder: Path, label: str, *lines: dict) -> None:
@@ -51,6 +54,16 @@ def test_growth_is_1_where_a_size_twice_as_large_takes_twice_as_long(tmp_path: P
     grown = compare.growth(tmp_path)
     assert grown["growth of s"].fillna(-1).tolist() == pytest.approx([-1, 1, -1, 2])
     assert grown["growth of MB"].fillna(-1).tolist() == pytest.approx([-1, 0, -1, 1])
+
+
+def test_what_is_needed_is_of_each_beginning_once() -> None:
+    cfg = from_hf(tiny.SHAPES["qwen"], where="qwen")
+    sequences, begin = [(1, 2, 3, 4), (1, 2, 5), (1, 2, 5), (6, 2)], [2, 2, 1, 1]
+    beginnings = {tokens[:end] for tokens in sequences for end in range(1, len(tokens))}
+    scored = {tokens[:end] for tokens, b in zip(sequences, begin, strict=True) for end in range(b, len(tokens))}
+    assert (len(beginnings), len(scored)) == (4, 4)
+    want = train_flops(cfg, 4, 4, sum(map(len, beginnings))) / 3
+    assert work.needed_forward(cfg, sequences, begin) == pytest.approx(want)
 
 
 @tiny.SLOW

@@ -128,14 +128,9 @@ def for_each_microbatch(
       of_rows: arrays [microbatches, rows, ...], or None.
     """
     microbatches, rows, length = batch["tokens"].shape
-    axis, whole, multiple = (0, rows, 1) if rows > 1 else (1, length, LENGTH_MULTIPLE)
-    spread = parts_of("batch", rows) * parts_of("length", length) > 1
-    sizes = {whole}
-    work = 2 * sum(x.size for x in jax.tree.leaves(params)) * rows * length
-    if not spread and work > LITTLE_WORK:
-        sizes |= {min(whole, -(-whole * quarters // 4 // multiple) * multiple) for quarters in (2, 3)}
+    axis, sizes = microbatch_sizes(params, rows, length)
     every = (dict(batch), of_rows)
-    if microbatches == 1 and sizes == {whole}:  # in a loop, sums would lie beside a gradient of its own
+    if microbatches == 1 and len(sizes) == 1:  # in a loop, sums would lie beside a gradient of its own
         run(jnp.zeros((), jnp.int32), *first_of(every))
         return
 
@@ -148,15 +143,24 @@ def for_each_microbatch(
     def one(number: Array, parts: tuple[Batch, Any]) -> tuple[Array, None]:
         part = parts[0]
         taken = (part["segment_ids"] > 0).any(axis=1 - axis)
-        used = jnp.max(jnp.where(taken, jnp.arange(1, whole + 1), 0))
-        fits = jnp.searchsorted(jnp.array(sorted(sizes)), used)
-        for i, size in enumerate(sorted(sizes)):
+        used = jnp.max(jnp.where(taken, jnp.arange(1, sizes[-1] + 1), 0))
+        fits = jnp.searchsorted(jnp.array(sizes), used)
+        for i, size in enumerate(sizes):
             # A loop of one turn or none: of what is added to, XLA would make a copy for a conditional.
             turns = ((fits == i) & part["loss_mask"].any()).astype(jnp.int32)
             jax.lax.fori_loop(0, turns, lambda _, none, size=size: run_first(size, number, *parts), None)
         return number + 1, None
 
     jax.lax.scan(one, jnp.zeros((), jnp.int32), every)
+
+
+def microbatch_sizes(params: Any, rows: int, length: int) -> tuple[int, list[int]]:
+    """The axis that microbatches are cut along, 0 for rows or 1 for places, and the sizes they are cut to."""
+    axis, whole, multiple = (0, rows, 1) if rows > 1 else (1, length, LENGTH_MULTIPLE)
+    work = 2 * sum(x.size for x in jax.tree.leaves(params)) * rows * length
+    if parts_of("batch", rows) * parts_of("length", length) > 1 or work <= LITTLE_WORK:
+        return axis, [whole]
+    return axis, sorted({whole, *(min(whole, -(-whole * n // 4 // multiple) * multiple) for n in (2, 3))})
 
 
 def first_of(parts: Any) -> Any:
