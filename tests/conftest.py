@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import experiments
 import fake_gcs
 import hypothesis
 import jax
@@ -23,10 +24,8 @@ import pytest
 import tiny
 
 from vdjax import config as configs
-from vdjax import experiment
 from vdjax.files import as_path
 from vdjax.models.functional import Model
-from vdjax.train import loop
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # the machine may be busy
 hypothesis.settings.load_profile("untimed")
@@ -83,9 +82,8 @@ def compiles() -> Callable[[], Any]:
 def finished(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, compiles: Any) -> tuple[Path, list[str]]:
     """The workdir of the tiny experiment run without interruption, and the names of what was compiled for it."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    with compiles() as names, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "peak_flops", lambda: 1e9)  # measuring it takes seconds
-        experiment.run(configs.load(tiny.config_spec(tiny_data)), workdir, "COMMAND")
+    with compiles() as names:
+        experiments.run(configs.load(tiny.config_spec(tiny_data)), workdir)
     return workdir, names
 
 

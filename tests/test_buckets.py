@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import experiments
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
@@ -18,13 +19,11 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from test_experiment import all_params, metrics
 
 from vdjax import config as configs
-from vdjax import experiment, files, snapshots
-from vdjax.drift import report
+from vdjax import files, snapshots
 from vdjax.errors import UserError
 from vdjax.export import export
 from vdjax.measure import holds
 from vdjax.models import hf
-from vdjax.train import loop
 
 
 def test_other_urls_and_buckets_without_gcsfs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,12 +155,7 @@ def run(bucket: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert (workdir / "sft" / "done.json").exists() and (workdir / "dpo" / "resume" / "2").is_dir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "peak_flops", lambda: 1e9)  # measuring it takes seconds, and so do statistics and figures
-        patch.setattr(report, "RESAMPLES", 99)
-        patch.setattr(report, "PERMUTATIONS", 99)
-        patch.setattr(report.figures, "draw", lambda *_: {})
-        experiment.run(configs.load(spec), workdir, "COMMAND")
+    experiments.run(configs.load(spec), workdir)
     return workdir
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import experiments
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +24,6 @@ from ml_collections import ConfigDict
 from vdjax import (
     cli,
     cluster,
-    experiment,
     export,
     inspect,
     main,
@@ -94,7 +94,7 @@ def test_a_loaded_model_trains_without_a_second_compilation_and_comes_back_bit_f
         config.model.path, config.model.shape, config.tokenizer.path = str(source), ConfigDict(), ""
     config.sft.max_steps, config.sft.eval_every = 2, 0
     with compiles() as names:
-        experiment.run(config, tmp_path / "run", "COMMAND")
+        experiments.run(config, tmp_path / "run")
     assert names.count("jit(train_step)") == 1
 
     before = safetensors.numpy.load_file(source / "model.safetensors")

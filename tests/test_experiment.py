@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import experiments
 import numpy as np
 import pandas as pd
 import pytest
@@ -77,9 +78,8 @@ def interrupted(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, compi
             assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (workdir / "dpo" / "done.json").exists()
     assert "4" in [p.name for p in (workdir / "dpo" / "resume").iterdir()]
-    with compiles() as names, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "peak_flops", lambda: 1e9)
-        experiment.run(configs.load(tiny.config_spec(tiny_data)), workdir, "COMMAND")
+    with compiles() as names:
+        experiments.run(configs.load(tiny.config_spec(tiny_data)), workdir)
     return workdir, names
 
 
@@ -119,7 +119,7 @@ def test_what_is_lost_is_named_and_nothing_begins_anew(
         shutil.rmtree(tmp_path / "run" / kept, ignore_errors=True)
     subprocess.run(["rm", "-r", tmp_path / "run" / lost], check=True)
     with pytest.raises(UserError, match=re.escape(says)):
-        experiment.run(configs.load(tiny.config_spec(tiny_data)), tmp_path / "run", "COMMAND")
+        experiments.run(configs.load(tiny.config_spec(tiny_data)), tmp_path / "run")
 
 
 def test_a_log_that_is_lost_is_named(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_finished_workdir_trains_and_probes_nothing(
 
     monkeypatch.setattr(loop, "train_stage", never)
     monkeypatch.setattr(evaluator, "evaluate", never)
-    experiment.run(configs.load(tiny.config_spec(tiny_data)), workdir, "COMMAND")
+    experiments.run(configs.load(tiny.config_spec(tiny_data)), workdir)
     assert before == {f: f.stat().st_mtime_ns for stage in STAGES for f in (workdir / stage).rglob("*") if f.is_file()}
     assert (workdir / "drift" / "drift.csv").read_text() == report
 
@@ -185,7 +185,7 @@ def test_training_examples_that_ask_the_probes_questions_are_counted(
     (tmp_path / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(finished[0], tmp_path / "run")
     flags = [f"--config.probes.path={tmp_path / 'probes.jsonl'}", "--config.probes.readouts=('statement',)"]
-    experiment.run(configs.load(tiny.config_spec(tiny_data), flags), tmp_path / "run", "COMMAND")
+    experiments.run(configs.load(tiny.config_spec(tiny_data), flags), tmp_path / "run")
     said = [line for line in capsys.readouterr().err.splitlines() if "word for word" in line]
     assert len(said) == 1 and "sft data: 2 of 9 training examples ask" in said[0] and "sft.jsonl:0" in said[0]
     page = (tmp_path / "run" / "report.html").read_text()
@@ -196,7 +196,7 @@ def test_training_examples_that_ask_the_probes_questions_are_counted(
 def test_another_config_in_the_same_workdir_is_refused(finished: tuple[Path, list[str]], tiny_data: Path) -> None:
     config = configs.load(tiny.config_spec(tiny_data), ["--config.dpo.hyper.beta=0.2"])
     with pytest.raises(UserError, match=r"dpo\.hyper\.beta: 0\.1 there, 0\.2 now"):
-        experiment.run(config, finished[0], "COMMAND")
+        experiments.run(config, finished[0])
 
 
 def test_how_the_work_is_laid_out_may_change(tiny_data: Path, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_how_the_work_is_laid_out_may_change(tiny_data: Path, tmp_path: Path) ->
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_examples(tiny_data: Path, tmp_path: Path) -> None:
     config = configs.load(tiny.config_spec(tiny_data), ["--config.sft.optimizer.learning_rate=1e30"])
     with pytest.raises(UserError) as stop:
-        experiment.run(config, tmp_path / "run", "COMMAND")
+        experiments.run(config, tmp_path / "run")
     plan = experiment.plan(config, "sft", setup(config), tmp_path / "run")
     examples = ", ".join(plan.train.ids[i] for i in plan.steps[1])
     assert re.search(r"sft: step 2: loss \S+, gradient norm \S+; nothing of it was kept", str(stop.value))
@@ -237,11 +237,11 @@ def test_going_on_with_other_data_is_refused(
 
     monkeypatch.setattr(loop.MetricsLog, "step", stop_after_four)
     with pytest.raises(loop.Interrupted, match="sft: stopped at step 4 of 6"):
-        experiment.run(config, tmp_path / "run", "COMMAND")
+        experiments.run(config, tmp_path / "run")
     lines = (folder / "sft.jsonl").read_text().splitlines()
     (folder / "sft.jsonl").write_text("\n".join([*lines[1:], lines[0]]) + "\n")
     with pytest.raises(UserError, match=r"sft: the data changed since .* was written"):
-        experiment.run(config, tmp_path / "run", "COMMAND")
+        experiments.run(config, tmp_path / "run")
 
 
 @tiny.SLOW
@@ -249,9 +249,7 @@ def test_adapters_through_a_whole_experiment(tiny_data: Path, tmp_path: Path) ->
     """Snapshots hold adapters alone; a stage starts from what the one before it merges to, which is its reference."""
     overrides = [f"--config.{stage}.{field}" for stage in STAGES for field in ("lora.rank=2", "epochs=1")]
     config = configs.load(tiny.config_spec(tiny_data), [*overrides, "--config.dpo.objective=kto"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "peak_flops", lambda: 1e9)
-        experiment.run(config, tmp_path / "run", "COMMAND")
+    experiments.run(config, tmp_path / "run")
     last = max(snapshots.kept(tmp_path / "run" / "sft" / "snapshots"))
     after_sft, before_dpo, after_dpo = (
         runs.open_snapshot(tmp_path / "run" / stage / "snapshots" / str(step)).params
@@ -274,8 +272,6 @@ def test_adapters_through_a_whole_experiment(tiny_data: Path, tmp_path: Path) ->
 def test_a_reference_free_objective_logs_its_kl_when_asked(tiny_data: Path, tmp_path: Path) -> None:
     overrides = ["--config.dpo.objective=simpo", "--config.dpo.log_kl=True", "--config.dpo.snapshots.probe=False"]
     config = configs.load(tiny.config_spec(tiny_data), [*overrides, "--config.sft.snapshots.probe=False"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "peak_flops", lambda: 1e9)
-        experiment.run(config, tmp_path / "run", "COMMAND")
+    experiments.run(config, tmp_path / "run")
     rows = [row for row in metrics(tmp_path / "run", "dpo") if "loss" in row]
     assert abs(rows[0]["kl_to_reference"]) < 1e-6 < rows[-1]["kl_to_reference"]

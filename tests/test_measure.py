@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import experiments
 import jax
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import pytest
 import tiny
 
 from vdjax import config as configs
-from vdjax import experiment, findings, judge, measure, snapshots
+from vdjax import findings, judge, measure, snapshots
 from vdjax.errors import UserError
 from vdjax.judges import LABELS, Exchange, Judge, Verdicts, prompts
 from vdjax.judges import local as local_judge
@@ -48,7 +49,7 @@ def run(finished: tuple[Path, list[str]], tiny_data: Path, tmp_path_factory: pyt
     rows += [{"proposition": "Tea is good.", "response": "No.", "label": "oppose"}]
     labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config.judge_quality.update({"stage": "sft", "path": str(labelled)})
-    experiment.run(config, workdir, "COMMAND")
+    experiments.run(config, workdir)
     return config, workdir
 
 
@@ -78,7 +79,7 @@ def test_the_report_is_made_again_without_asking_or_judging(
     before = (workdir / "drift" / "drift.csv").read_bytes()
     monkeypatch.setattr(local_judge, "label_log_probs", None)
     monkeypatch.setattr(measure.open_ended, "generate", None)
-    experiment.run(config, workdir, "COMMAND")
+    experiments.run(config, workdir)
     assert (workdir / "drift" / "drift.csv").read_bytes() == before
     assert "judged by tiny already" in capsys.readouterr().err
 
@@ -97,7 +98,7 @@ def test_another_temperature_asks_again(run: Any, monkeypatch: pytest.MonkeyPatc
     changed.probes.temperature = 0.1
     monkeypatch.setattr(measure, "responses", lambda *_: (_ for _ in ()).throw(RuntimeError("asked again")))
     with pytest.raises(RuntimeError, match="asked again"):
-        experiment.run(changed, workdir, "COMMAND")
+        experiments.run(changed, workdir)
 
 
 def test_people_get_a_sheet_of_the_responses(run: Any, tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_a_child_begins_with_what_its_parent_ended_with(run: Any, tiny_data: Pat
     with pytest.MonkeyPatch.context() as patch:
         real = measure.responses
         patch.setattr(measure, "responses", lambda c, m, q, s: (asked.append((s.stage, s.steps)), real(c, m, q, s))[1])
-        experiment.run(longer, tmp_path / "run", "COMMAND")
+        experiments.run(longer, tmp_path / "run")
     assert asked == [("dpo", [1]), ("dpo", [2])]  # a CPU takes one at a time
     for folder in ("probes", "responses"):
         sft, dpo = (pd.read_parquet(tmp_path / "run" / folder / f"{stage}.parquet") for stage in ("sft", "dpo"))
@@ -142,7 +143,7 @@ def test_a_judge_that_cannot_be_opened_stops_before_training(tiny_data: Path, tm
     config.judges.lost = configs.judge("local", path=str(tmp_path / "nowhere"))
     config.probes.readouts, config.probes.judges = ("open_ended",), ("lost",)
     with pytest.raises(UserError, match="nowhere"):
-        experiment.run(config, tmp_path / "run", "COMMAND")
+        experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "sft").exists()
 
 
@@ -181,7 +182,7 @@ def test_what_would_fail_after_training_is_said_before(
             config.judge_quality.template = str(unfit)
         config.judge_quality.update({"stage": "sft", "path": str(labelled)})
     with pytest.raises(UserError, match=says):
-        experiment.run(config, tmp_path / "run", "COMMAND")
+        experiments.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "sft").exists()
 
 

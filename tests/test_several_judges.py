@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import experiments
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,12 +14,11 @@ import tiny
 from fake_chat_server import Answer, completion, serve
 from ml_collections import ConfigDict
 
-from vdjax import chat_api, experiment, judge
+from vdjax import chat_api, judge
 from vdjax import config as configs
 from vdjax.errors import UserError
 from vdjax.judges import LABELS
 from vdjax.probes import score_table
-from vdjax.train import loop
 
 KEY = "sk-very-secret-0123456789"
 
@@ -33,9 +33,7 @@ def run(finished: tuple[Path, list[str]], tiny_data: Path, tmp_path_factory: pyt
     config.probes.update({"readouts": ("open_ended",), "judges": ("before", "after"), "samples": 2})
     config.probes.max_new_tokens = 24
     workdir = tmp_path_factory.mktemp("judged") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "peak_flops", lambda: 1e9)
-        experiment.run(config, workdir, "COMMAND")
+    experiments.run(config, workdir)
     return config, workdir
 
 
@@ -63,7 +61,7 @@ def test_two_models_and_people_from_the_sheet_to_the_report(run: Any, tmp_path: 
         writer.writeheader()
         writer.writerows(rows)
     config, workdir = with_judge(run, "people", configs.judge("human", path=str(filled)))
-    experiment.run(config, workdir, "COMMAND")
+    experiments.run(config, workdir)
 
     said = pd.read_parquet(workdir / "responses" / "sft.parquet")
     labels = {name: likeliest(workdir, name) for name in config.probes.judges}
@@ -102,14 +100,14 @@ def test_an_api_judge_that_is_cut_off_goes_on_and_pays_nothing_twice(
         remote = configs.judge("api", **asked)
         config, workdir = with_judge(run, "remote", remote)
         with pytest.raises(UserError, match="out of order, .key.. .* requests are left; the same command goes on"):
-            experiment.run(config, workdir, "COMMAND")
+            experiments.run(config, workdir)
         assert len(served) == 4 and not (workdir / "judgements" / "remote" / "sft.parquet").exists()
         broken = False
-        experiment.run(config, workdir, "COMMAND")
+        experiments.run(config, workdir)
         sound = pd.read_parquet(workdir / "responses" / "sft.parquet").query("degenerate == ''")
         distinct = sound.drop_duplicates(["probe_id", "question", "response"])
         assert len(served) == len(set(served)) == len(distinct) > 8
-        experiment.run(config, workdir, "COMMAND")
+        experiments.run(config, workdir)
         assert len(server.seen) - len(served) <= 2  # those that failed
         spent = chat_api.spent(chat_api.Endpoint(server.url, "m", "", 1, 0, 0, 1.0, 1, 1.0, 1.0, 1.0),
                                workdir / "judgements" / "calls" / "replies.sqlite")  # fmt: skip

@@ -231,14 +231,15 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def figures(work: Path, label: str, name: str) -> list[float]:
-    """A figure of all runs of a label."""
+    """A figure of all runs of a label that have it."""
     kept = work / f"{label}.jsonl"
     out = []
     for text in kept.read_text().splitlines() if kept.exists() else []:
         value = json.loads(text)
         for part in name.removeprefix("-").split("."):
-            value = value[part]
-        out.append(float(value))
+            value = value.get(part, {})
+        if value != {}:
+            out.append(float(value))
     return out
 
 
@@ -250,8 +251,9 @@ def shown(values: list[float]) -> str:
     return f"{middle} [{one(min(values))}, {one(max(values))}]" if len(values) > 1 else middle
 
 
-def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], float]]]:
-    """The table, and of each line its name, the ratio of each round, and the goal."""
+def comparisons(work: Path, profiled: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], float]]]:
+    """The table, and of each line its name, the ratio of each round, and the goal; what runs in `work` do not say of
+    their utilisation those in `profiled` do."""
     lines, ratios = [], []
     for line in LINES:
         ours, theirs = figures(work, line.ours, line.figure), figures(work, line.peer, line.peer_figure)
@@ -272,8 +274,9 @@ def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], 
         middle = statistics.median(better)
         row["ratio"] = f"{middle:.2f}" + (f" [{min(better):.2f}, {max(better):.2f}]" if len(better) > 1 else "")
         row["goal"] += "" if middle >= line.goal else " (missed)"
-        if line.unit != "MB":
-            row["goal needs"] = f"{statistics.median(figures(work, line.ours, 'utilisation')) * line.goal / middle:.0%}"
+        used = figures(work, line.ours, "utilisation") or figures(profiled, line.ours, "utilisation")
+        if used and line.unit != "MB":
+            row["goal needs"] = f"{statistics.median(used) * line.goal / middle:.0%}"
         ratios.append((f"{line.work}: {line.peer}", better, line.goal))
     return pd.DataFrame(lines), ratios
 
@@ -281,12 +284,13 @@ def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], 
 def profiles(work: Path) -> pd.DataFrame:
     """Where the time of what is ours goes: what is needed, done and moved, what that takes at the machine's rates, and
     what was measured."""
-    names = ("needed_gflop", "done_gflop", "moved_gb", "calls", "bound_s", "done_s", "moved_s", "wall_s", "utilisation")
-    names += ("matmul_gflops", "copy_gb_per_s")
+    names = ("needed_gflop", "done_gflop", "padding", "moved_gb", "calls", "bound_s", "done_s", "moved_s", "wall_s")
+    names += ("utilisation", "matmul_gflops", "copy_gb_per_s", "peak_rss_mb")
     lines = []
     for label in OURS:
         if (work / f"{label}.jsonl").exists():
-            lines.append({"run": label} | {name: shown(figures(work, label, name)) for name in names})
+            found = {name: figures(work, label, name) for name in names}
+            lines.append({"run": label} | {name: shown(values) if values else "" for name, values in found.items()})
     return pd.DataFrame(lines)
 
 
@@ -329,8 +333,8 @@ def draw_growth(found: pd.DataFrame, file: Path) -> None:
     drawn.savefig(file, dpi=120)
 
 
-def write(work: Path, out: Path) -> None:
-    table, ratios = comparisons(work)
+def write(work: Path, profiled: Path, out: Path) -> None:
+    table, ratios = comparisons(work, profiled)
     figures_of = out.parent / "figures"
     draw(ratios, figures_of / "benchmarks.png")
     grown = growth(work)
@@ -338,7 +342,7 @@ def write(work: Path, out: Path) -> None:
     page = (HERE / "benchmarks.md.in").read_text()
     numbers = [name for name in grown if name not in ("what", "size")]
     written = grown.assign(**{name: [shown([x]) if x == x else "" for x in grown[name]] for name in numbers})
-    tables = {"comparisons": table, "profiles": profiles(work), "growth": written}
+    tables = {"comparisons": table, "profiles": profiles(profiled), "growth": written}
     parts = {name: to_markdown(table) for name, table in tables.items()}
     out.write_text(page.format(**parts))
 
@@ -347,6 +351,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--profiled", type=Path, help="where runs are kept whose profile is shown; default: --work")
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--peer_python")
     parser.add_argument("--tunix_python")
@@ -358,7 +363,7 @@ def main() -> None:
     if flags.peers:
         run(flags)
     if flags.out:
-        write(flags.work, flags.out)
+        write(flags.work, flags.profiled or flags.work, flags.out)
 
 
 if __name__ == "__main__":

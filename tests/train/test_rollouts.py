@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import experiments
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,14 +18,14 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from vdjax import config as configs
-from vdjax import experiment, runs, snapshots
+from vdjax import runs, snapshots
 from vdjax.data import packing
 from vdjax.errors import UserError
 from vdjax.models import transformer
 from vdjax.models.functional import Model
 from vdjax.models.hf import _leaves
 from vdjax.objectives import OBJECTIVES
-from vdjax.train import loop, rewards
+from vdjax.train import rewards
 from vdjax.train.losses import LossSpec, counts_of, loss_and_metrics
 
 SPEEDS = ("tokens_per_s", "examples_per_s", "mfu", "seconds", "sample_seconds", "new_tokens_per_s")
@@ -35,9 +36,7 @@ def config_of(folder: Path, name: str, *overrides: str) -> ConfigDict:
 
 
 def run(config: ConfigDict, workdir: Path) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "peak_flops", lambda: 1e9)
-        experiment.run(config, workdir, "COMMAND")
+    experiments.run(config, workdir)
     return workdir
 
 
