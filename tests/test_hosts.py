@@ -243,6 +243,7 @@ def test_a_process_that_hangs_ends_the_others(plain: list[str], tmp_path: Path) 
     assert "lost process 1 of 2" in left.text
 
 
+@tiny.SLOW
 def test_an_error_on_one_process_ends_all_with_its_message(plain: list[str], tmp_path: Path) -> None:
     run = [*plain, "--workdir", str(tmp_path / "run")]
     for one in training(2, run, tmp_path, armed={1: "FAIL sft 1"}):

@@ -157,12 +157,13 @@ def test_the_reward_model_learns_and_ppo_uses_it(finished: Path) -> None:
     assert ppo[0]["eval_reward"] != 0 and ppo[0]["eval_kl"] == 0
 
 
+@tiny.SLOW
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param(("lora.rank=2",), marks=tiny.SLOW),
+        ("lora.rank=2",),
         ("lora.rank=2", "hyper.value_model=shared", "rollout.minibatches=3"),
-        pytest.param(("hyper.value_model=shared", "rollout.temperature=0.7", "rollout.top_p=0.9"), marks=tiny.SLOW),
+        ("hyper.value_model=shared", "rollout.temperature=0.7", "rollout.top_p=0.9"),
     ],
     ids=["adapters", "adapters-shared", "shared-temperature"],
 )
