@@ -11,8 +11,9 @@ import signal
 import sys
 from typing import Any
 
+import experiments
+
 from vdjax import cli, hosts, main, snapshots
-from vdjax.drift import report
 from vdjax.errors import UserError
 from vdjax.train import loop
 
@@ -37,9 +38,7 @@ def arm(how: str, stage: str, at: int) -> None:
 
     if how == "FULL":
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    loop.peak_flops = lambda: 1e9  # measuring it takes seconds, and so do the report's statistics and figures
-    report.RESAMPLES = report.PERMUTATIONS = 99
-    report.figures.draw = lambda *_: {}
+    experiments.leave_out(setattr)
     loop.MetricsLog.step = step
     snapshots.save_resume = save
 

@@ -27,7 +27,7 @@ from vdjax.models.functional import Model, make_model
 from vdjax.train.plan import StagePlan
 from vdjax.train.stage import Stage
 
-gc.set_threshold(50_000, 20, 50)  # tracing makes many objects and little garbage: a twelfth of a test's time
+gc.set_threshold(50_000, 20, 50)  # tracing makes many objects and little garbage: 7% of a test's time
 
 HERE = Path(__file__).parent
 SLOW = pytest.mark.skipif(not os.environ.get("VDJAX_SLOW"), reason="takes minutes; VDJAX_SLOW=1 runs it")

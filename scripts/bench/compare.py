@@ -230,16 +230,17 @@ def run(flags: argparse.Namespace) -> None:
             print(f"{number} {label}", file=sys.stderr, flush=True)
 
 
-def figures(work: Path, label: str, name: str) -> list[float]:
-    """A figure of all runs of a label that have it."""
+def figures(work: Path, label: str, name: str, *, optional: bool = False) -> list[float]:
+    """A figure of all runs of a label; where it is optional, of those that have it."""
     kept = work / f"{label}.jsonl"
     out = []
     for text in kept.read_text().splitlines() if kept.exists() else []:
         value = json.loads(text)
+        if optional and name not in value:
+            continue
         for part in name.removeprefix("-").split("."):
-            value = value.get(part, {})
-        if value != {}:
-            out.append(float(value))
+            value = value[part]
+        out.append(float(value))
     return out
 
 
@@ -274,7 +275,7 @@ def comparisons(work: Path, profiled: Path) -> tuple[pd.DataFrame, list[tuple[st
         middle = statistics.median(better)
         row["ratio"] = f"{middle:.2f}" + (f" [{min(better):.2f}, {max(better):.2f}]" if len(better) > 1 else "")
         row["goal"] += "" if middle >= line.goal else " (missed)"
-        used = figures(work, line.ours, "utilisation") or figures(profiled, line.ours, "utilisation")
+        used = next(filter(None, (figures(w, line.ours, "utilisation", optional=True) for w in (work, profiled))), [])
         if used and line.unit != "MB":
             row["goal needs"] = f"{statistics.median(used) * line.goal / middle:.0%}"
         ratios.append((f"{line.work}: {line.peer}", better, line.goal))
@@ -289,7 +290,7 @@ def profiles(work: Path) -> pd.DataFrame:
     lines = []
     for label in OURS:
         if (work / f"{label}.jsonl").exists():
-            found = {name: figures(work, label, name) for name in names}
+            found = {name: figures(work, label, name, optional=True) for name in names}
             lines.append({"run": label} | {name: shown(values) if values else "" for name, values in found.items()})
     return pd.DataFrame(lines)
 

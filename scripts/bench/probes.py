@@ -50,10 +50,7 @@ def questions(asked: dict[str, Any], tokenizer: Any) -> tuple[list[Item], list[l
 def counted(model: Any, items: list[Item], mesh: jax.sharding.Mesh) -> tuple[float, float, int]:
     """Matmul FLOPs of scoring the items under one checkpoint, bytes that it moves, and calls of the program."""
     plan = evaluator.layout(items, 4, 1)
-    axes = hf.snapshot_axes(model.params)
-    stacked = jax.tree.map(
-        lambda p, at: jax.ShapeDtypeStruct((*p.shape[:at], 1, *p.shape[at:]), p.dtype), model.params, axes
-    )
+    stacked = evaluator.stacked_shapes(model.params, 1)
     jitted = jax.jit(evaluator.score, static_argnums=0, static_argnames=("sequences", "chunk"))
     how = {"sequences": plan.shape.sequences, "chunk": model.head_chunk}
     with jax.set_mesh(mesh):

@@ -222,7 +222,6 @@ def main() -> None:
         found |= train(made, start, mesh, 8)
         if sizes in SFT_LAYOUTS:
             found |= probe(made, start, mesh)
-        if sizes in SFT_LAYOUTS:
             more, state = sft(made, start, mesh, 8)
             found |= more | {"float_gathers": float_gathers(made, start, sizes)}
             if sizes == LAYOUTS[4]:

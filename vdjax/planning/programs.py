@@ -18,7 +18,6 @@ from vdjax import runs, sharding
 from vdjax.chips import Chip
 from vdjax.data.packing import LENGTH_MULTIPLE, Shape
 from vdjax.errors import UserError
-from vdjax.models import hf
 from vdjax.models.config import ModelConfig
 from vdjax.models.functional import make_model, shardings
 from vdjax.objectives import OBJECTIVES
@@ -202,12 +201,7 @@ def snapshot_evaluator(work: Work) -> Lowered:
     shards = sharding.batch_shards(mesh)
     rows = -(-(work.config.probes.rows or 4 * shards) // shards) * shards
     shape = Shape(rows, -(-work.config.probes.max_length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, 16)
-    own = jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct((*x.shape[:at], together, *x.shape[at:]), x.dtype),
-        model.params,
-        hf.snapshot_axes(model.params),
-    )
-    stacked = loop.placed(own, evaluator.stacked_shardings(model, mesh))
+    stacked = loop.placed(evaluator.stacked_shapes(model.params, together), evaluator.stacked_shardings(model, mesh))
     behind = (rows, shape.length + LENGTH_MULTIPLE)
     batch = {
         name: jax.ShapeDtypeStruct(

@@ -190,6 +190,15 @@ def stacked_shardings(model: Model, mesh: Mesh) -> Any:
     return jax.tree.map(one, params, trained_part(model, model.axes), hf.snapshot_axes(params))
 
 
+def stacked_shapes(params: Any, count: int) -> Any:
+    """Shapes of the parameters of so many snapshots, of those of one."""
+
+    def one(leaf: Any, at: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*leaf.shape[:at], count, *leaf.shape[at:]), leaf.dtype)
+
+    return jax.tree.map(one, params, hf.snapshot_axes(params))
+
+
 def load(readers: Sequence[hf.Reader], model: Model, mesh: Mesh) -> Any:
     """`own_params` of several snapshots, with a snapshot axis.
 
