@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 
 from vdjax.data.examples import Counts, Dropped, Example, Message
 from vdjax.data.parsers import SIDES, number_field, text_field
@@ -105,8 +106,6 @@ def _statements(rows: Iterator[Row], options: Spec, counts: Counts) -> list[Stat
 
 def match_lengths(aligned: Sequence[Statement], others: Sequence[Statement]) -> list[tuple[Statement, Statement]]:
     """min(len(aligned), len(others)) pairs with the least sum of |length difference|, in the order of `aligned`."""
-    from scipy.optimize import linear_sum_assignment
-
     lengths = [np.array([len(s.text) for s in side], np.int64) for side in (aligned, others)]
-    rows, columns = linear_sum_assignment(np.abs(lengths[0][:, None] - lengths[1][None, :]))
+    rows, columns = scipy.optimize.linear_sum_assignment(np.abs(lengths[0][:, None] - lengths[1][None, :]))
     return [(aligned[i], others[j]) for i, j in zip(rows, columns, strict=True)]

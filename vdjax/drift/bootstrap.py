@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Int
-from scipy import stats
 
 from vdjax.drift.metrics import group_means
 
@@ -121,7 +121,7 @@ def expanded_level(sizes: int | Int[np.ndarray, " H"], level: float = LEVEL) -> 
     """
     n = np.atleast_1d(sizes)
     factor = np.sqrt(len(n) / ((n - 1) / n).sum())
-    return float(1 - 2 * stats.norm.sf(factor * stats.t.isf((1 - level) / 2, (n - 1).sum())))
+    return float(1 - 2 * scipy.stats.norm.sf(factor * scipy.stats.t.isf((1 - level) / 2, (n - 1).sum())))
 
 
 def strata(parents: Int[np.ndarray, "n A"]) -> Int[np.ndarray, " n"]:

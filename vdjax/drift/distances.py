@@ -13,9 +13,8 @@ drift's; where nothing moved, they lie above the truth, like the distance.
 from typing import Any
 
 import numpy as np
+import scipy
 from jaxtyping import Float
-from scipy import stats
-from scipy.spatial.distance import jensenshannon
 
 from vdjax.drift.bootstrap import weights
 from vdjax.drift.metrics import LABELS
@@ -32,8 +31,8 @@ def distances(first: Float[np.ndarray, "... L"], last: Float[np.ndarray, "... L"
     """Jensen-Shannon distance (base 2) and total variation of distributions over L labels, both in [0, 1]."""
     unknown = np.isnan(first).any(axis=-1) | np.isnan(last).any(axis=-1)
     with np.errstate(invalid="ignore"):  # scipy: the root of -1e-17 where two distributions are equal
-        js = np.where(unknown, np.nan, np.nan_to_num(jensenshannon(first, last, base=2, axis=-1)))
-    return np.stack([js, np.abs(last - first).sum(axis=-1) / 2])
+        js = np.nan_to_num(scipy.spatial.distance.jensenshannon(first, last, base=2, axis=-1))
+    return np.stack([np.where(unknown, np.nan, js), np.abs(last - first).sum(axis=-1) / 2])
 
 
 def row(
@@ -82,7 +81,7 @@ def _swapped(
         return np.moveaxis(found, 0, -1).round(9)
 
     # scipy flips signs of ones; a flipped unit has its first and last snapshot swapped.
-    result = stats.permutation_test(
+    result = scipy.stats.permutation_test(
         (np.ones(len(half)),), of_signs, permutation_type="samples", vectorized=True, n_resamples=permutations,
         batch=2000, rng=rng, alternative="greater", axis=-1,
     )  # fmt: skip

@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+import scipy
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy import stats
 
 from vdjax.drift.figures import SETTINGS, plain, png
 from vdjax.drift.scores import POOLED
@@ -75,7 +75,7 @@ def agreement(against: pd.DataFrame) -> dict[str, Any]:
     agrees, certain = (both[name].astype(bool) for name in ("agrees", "certain"))
     rho = p = float("nan")
     if len(both) > 2 and both["gap"].nunique() > 1 and both["drift"].nunique() > 1:
-        rho, p = map(float, stats.spearmanr(both["gap"], both["drift"]))
+        rho, p = map(float, scipy.stats.spearmanr(both["gap"], both["drift"]))
     counts = {"n": len(both), "agree": int(agrees.sum()), "certain": int(certain.sum())}
     return counts | {"certain_agree": int((agrees & certain).sum()), "spearman": rho, "p": p}
 

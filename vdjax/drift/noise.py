@@ -25,7 +25,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
 from vdjax.drift.scores import ASKED, POOLED, measured, stage_scores, topic_units
 from vdjax.errors import UserError, nearest
@@ -143,7 +143,7 @@ def pooled_floors(drifts: pd.DataFrame, independent: bool = False) -> pd.DataFra
     alike = each.assign(pooled=each["topic"] == POOLED).groupby(["readout", "stage", "stance", "pooled"])
     total = alike["df"].transform("sum")
     df = total if independent else alike["df"].transform("max")
-    each["floor"] = stats.t.isf(EXCEEDED / 2, df) * np.sqrt(alike["squares"].transform("sum") / total)
+    each["floor"] = scipy.stats.t.isf(EXCEEDED / 2, df) * np.sqrt(alike["squares"].transform("sum") / total)
     if independent:
         topics = each[each["topic"] != POOLED].groupby(["readout", "stage", "stance"])["floor"].agg(["first", "size"])
         of_row = topics.reindex(pd.MultiIndex.from_frame(each[["readout", "stage", "stance"]]))

@@ -1,8 +1,8 @@
 """p-values, their corrections for many comparisons, and effect sizes."""
 
 import numpy as np
+import scipy
 from jaxtyping import Float
-from scipy import special, stats
 
 from vdjax.drift.bootstrap import Units, by_presence, weights
 
@@ -22,7 +22,7 @@ def sign_flip_p_values(differences: Units, rng: np.random.Generator, permutation
             return signs @ weighted
 
         # scipy flips the signs of a single sample; flipping those of ones gives the signs for all columns at once.
-        result = stats.permutation_test(
+        result = scipy.stats.permutation_test(
             (np.ones(len(weighted)),), mean_of, permutation_type="samples", vectorized=True, n_resamples=permutations,
             batch=2000, rng=rng, axis=-1,
         )  # fmt: skip
@@ -40,7 +40,7 @@ def q_values(p_values: Float[np.ndarray, " M"]) -> Float[np.ndarray, " M"]:
     defined = np.isfinite(p_values)
     out = np.full(len(p_values), np.nan)
     if defined.any():
-        out[defined] = stats.false_discovery_control(p_values[defined], method="bh")
+        out[defined] = scipy.stats.false_discovery_control(p_values[defined], method="bh")
     return out
 
 
@@ -72,7 +72,7 @@ def effect_sizes(differences: Float[np.ndarray, "n C"]) -> Float[np.ndarray, " C
         values = differences[np.ix_(rows, columns)]
         spread = values.std(axis=0, ddof=1)
         m = n - 1
-        factor = np.exp(special.gammaln(m / 2) - special.gammaln((m - 1) / 2)) / np.sqrt(m / 2)
+        factor = np.exp(scipy.special.gammaln(m / 2) - scipy.special.gammaln((m - 1) / 2)) / np.sqrt(m / 2)
         equal = spread < 1e-12
         out[columns] = np.where(equal, np.nan, values.mean(axis=0) / np.where(equal, 1, spread) * factor)
     return out

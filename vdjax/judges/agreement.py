@@ -11,9 +11,8 @@ from itertools import combinations
 import krippendorff
 import numpy as np
 import pandas as pd
+import scipy
 from jaxtyping import Float, Int
-from scipy import stats
-from statsmodels.stats import inter_rater
 
 from vdjax.errors import UserError, nearest
 from vdjax.judges.verdicts import LABELS, RESPONSE
@@ -122,10 +121,14 @@ def percent(counts: Counts) -> float:
 
 
 def cohen_kappa(codes: Int[np.ndarray, "n 2"]) -> float:
+    from statsmodels.stats import inter_rater  # here, since it takes a second, of every command that imports this
+
     return float(inter_rater.cohens_kappa(_square(codes), return_results=False))
 
 
 def fleiss_kappa(counts: Counts) -> float:
+    from statsmodels.stats import inter_rater
+
     return float(inter_rater.fleiss_kappa(counts))
 
 
@@ -182,8 +185,8 @@ def _estimate(
             ]
             return np.reshape(flat, chosen.shape[:-1])
 
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of draws that are all the same; see below
-        result = stats.bootstrap(
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)  # of draws that are all the same; see below
+        result = scipy.stats.bootstrap(
             (np.arange(len(rows)),),
             of_probes,
             vectorized=True,

@@ -10,9 +10,9 @@ import jax
 import matplotlib
 import numpy as np
 import pandas as pd
+import scipy
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from scipy import stats
 
 from vdjax.data.stances import Labelled
 from vdjax.errors import UserError, nearest
@@ -104,7 +104,7 @@ def reliability_bins(confidence: Float[np.ndarray, " n"], correct: np.ndarray, b
 def _share(successes: int, trials: int) -> tuple[float, float, float]:
     if not trials:
         return math.nan, math.nan, math.nan
-    interval = stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    interval = scipy.stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")
     return successes / trials, float(interval.low), float(interval.high)
 
 
