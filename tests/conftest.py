@@ -1,3 +1,4 @@
+import json
 import os
 import tempfile
 
@@ -18,6 +19,7 @@ from typing import Any
 
 import experiments
 import fake_gcs
+import filelock
 import hypothesis
 import jax
 import pytest
@@ -49,9 +51,23 @@ def llama() -> tuple[Model, Any]:
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that this session's workers have in common."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "of_all_workers"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(of_all_workers: Path) -> Path:
     """A folder with sft.jsonl, preferences.jsonl and probes.jsonl, which tiny_config.py reads."""
-    return tiny.write_data(tmp_path_factory.mktemp("tiny_data"))
+    folder = of_all_workers / "data"
+    with filelock.FileLock(of_all_workers / "data.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            tiny.write_data(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -79,12 +95,15 @@ def compiles() -> Callable[[], Any]:
 
 
 @pytest.fixture(scope="session")
-def finished(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, compiles: Any) -> tuple[Path, list[str]]:
+def finished(tiny_data: Path, of_all_workers: Path, compiles: Any) -> tuple[Path, list[str]]:
     """The workdir of the tiny experiment run without interruption, and the names of what was compiled for it."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    with compiles() as names:
-        experiments.run(configs.load(tiny.config_spec(tiny_data)), workdir)
-    return workdir, names
+    workdir, compiled = of_all_workers / "run", of_all_workers / "compiled.json"
+    with filelock.FileLock(of_all_workers / "run.lock"):
+        if not compiled.exists():
+            with compiles() as names:
+                experiments.run(configs.load(tiny.config_spec(tiny_data)), workdir)
+            compiled.write_text(json.dumps(names))
+    return workdir, json.loads(compiled.read_text())
 
 
 @pytest.fixture(scope="module")

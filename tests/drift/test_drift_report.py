@@ -1,5 +1,6 @@
 import re
 
+import experiments
 import html5lib
 import html_validator
 import numpy as np
@@ -424,7 +425,7 @@ def test_missing_noise_is_named_with_the_line_that_measures_it(full):
     assert [how for _, how in sections.missing_floors(floors.iloc[:0], ["statement"])] == ["--config.seeds=[0,1,2]"]
 
 
-def test_a_judge_without_noise_is_not_to_be_repeated(full, tmp_path):
+def test_a_judge_without_noise_is_not_to_be_repeated(full, tmp_path, monkeypatch):
     """A trained judge shows no options to reorder; `repeats` of it is refused."""
     trained, people = {"name": "mine", "noiseless": True}, {"name": "anna", "kind": "human"}
     other = {"name": "api", "kind": "api"}
@@ -435,6 +436,7 @@ def test_a_judge_without_noise_is_not_to_be_repeated(full, tmp_path):
     rest = ["probes.replicates = 2", "--config.seeds=[0,1,2]"]
     assert how(trained) == how(trained, people) == rest
     assert how() == how(trained, other) == [rest[0], "judges.NAME.repeats = 2", rest[1]]
+    experiments.leave_out(monkeypatch.setattr)
     scores, found = rich.make_evidence()
     for judges, said in ((({**found.judges[0], **trained},), True), (found.judges, False)):
         report.write(tmp_path, scores, rich.STAGES, NO_TRAINING, {}, found._replace(judges=judges))
