@@ -3,9 +3,9 @@
     python scripts/torture.py --config configs/smoke.py --workdir runs/torture --kills 50
 
 Moments take turns: any time, a step under way, a save, the end of a stage, probes being asked, the report being made;
-each a random time after the first sign of it. A run that reaches its end is compared, bit for bit, and another is
-begun, until there were enough kills and the last run has ended. What happened is in WORKDIR/log.jsonl, with what was
-left half written. Exit status 1 where something differs or a command fails.
+each a random time after its first, second, ... sign, a random one of them. A run that reaches its end is compared, bit
+for bit, and another is begun, until there were enough kills and the last run has ended. What happened is in
+WORKDIR/log.jsonl, with what was left half written. Exit status 1 where something differs or a command fails.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -31,16 +31,26 @@ from vdjax import runs, snapshots
 
 SPEEDS = ("tokens_per_s", "examples_per_s", "mfu", "seconds")
 PARTS = ("*/snapshots/*tmp*", "*/resume/*tmp*")  # what is being saved
-# What a moment is known by, a line of the output or files in the workdir newer than the process, and the seconds after
-# such a sign in which the kill comes.
-MOMENTS: dict[str, tuple[str, tuple[str, ...], float]] = {
-    "any time": ("", (), 0.0),
-    "a step": (r" \d+/\d+  loss ", (), 0.5),
-    "a save": ("", PARTS, 0.02),
-    "the end of a stage": ("", ("*/done.json",), 0.5),
-    "probing": (r"\d+ probes, \d+ prompts", (), 0.5),
-    "the report": ("", ("drift/*", "figures/*"), 0.5),
+
+
+class Moment(NamedTuple):
+    """What it is known by, and the seconds after a sign of it within which the kill comes."""
+
+    line: str  # of the output
+    files: tuple[str, ...]  # in the workdir, newer than the process
+    within: float
+    signs: int  # the most of which one is chosen
+
+
+MOMENTS = {
+    "any time": Moment("", (), 0.0, 1),
+    "a step": Moment(r" \d+/\d+  loss ", (), 0.5, 8),
+    "a save": Moment("", PARTS, 0.02, 8),
+    "the end of a stage": Moment("", ("*/done.json",), 0.02, 2),
+    "probing": Moment(r"\d+ probes, \d+ prompts", (), 0.5, 2),
+    "the report": Moment("", ("drift/*", "figures/*"), 0.5, 8),
 }
+BEGINS = "begins at step|goes on from step|trained anew"  # in the line that says where a stage begins
 
 
 def launch(arguments: list[str], workdir: Path) -> tuple[subprocess.Popen, list[str]]:
@@ -63,9 +73,10 @@ def written(patterns: Sequence[str], workdir: Path, since: float) -> list[str]:
     return out
 
 
-def has_come(moment: str, workdir: Path, said: list[str], since: float) -> bool:
-    line, patterns, _ = MOMENTS[moment]
-    return bool(line and any(re.search(line, text) for text in list(said))) or bool(written(patterns, workdir, since))
+def signs(moment: Moment, workdir: Path, said: list[str], since: float) -> set[str]:
+    """Of it that are to be seen now."""
+    lines = {str(i) for i, text in enumerate(list(said)) if moment.line and re.search(moment.line, text)}
+    return lines | set(written(moment.files, workdir, since))
 
 
 def kill_in(moment: str, arguments: list[str], workdir: Path, longest: float, rng: random.Random) -> dict[str, Any]:
@@ -73,9 +84,12 @@ def kill_in(moment: str, arguments: list[str], workdir: Path, longest: float, rn
     begun, since = time.perf_counter(), time.time()
     process, said = launch(arguments, workdir)
     until = begun + rng.uniform(0, longest) if moment == "any time" else float("inf")
+    kind, seen = MOMENTS[moment], set[str]()
+    wanted = rng.randint(1, kind.signs)
     while process.poll() is None and time.perf_counter() < until:
-        if until == float("inf") and has_come(moment, workdir, said, since):
-            until = time.perf_counter() + rng.uniform(0, MOMENTS[moment][2])
+        seen |= signs(kind, workdir, said, since)
+        if until == float("inf") and len(seen) >= wanted:
+            until = time.perf_counter() + rng.uniform(0, kind.within)
         time.sleep(0.001)
     killed = process.poll() is None
     process.send_signal(signal.SIGKILL)
@@ -87,6 +101,7 @@ def kill_in(moment: str, arguments: list[str], workdir: Path, longest: float, rn
         "seconds": round(time.perf_counter() - begun, 2),
         "status": None if killed else status,
         "half_written": written(PARTS, workdir, since),
+        "begun": [text.rstrip() for text in said if re.search(BEGINS, text)],
         "said": [text.rstrip() for text in said][-3 if killed or not status else -30 :],
     }
 
@@ -150,7 +165,7 @@ def main() -> int:
     whole = flags.workdir / "whole"
     longest = end(whole)
     kills: Counter[str] = Counter()
-    finished, failed, saving = 0, 0, 0
+    finished, failed, saving, resumed = 0, 0, 0, 0
     with open(flags.workdir / "log.jsonl", "w", encoding="utf-8") as log:
 
         def note(**event: Any) -> None:
@@ -167,6 +182,7 @@ def main() -> int:
         while kills.total() < flags.kills and not failed:
             workdir = flags.workdir / f"run-{finished}"
             event = kill_in(next(moments), arguments, workdir, longest, rng)
+            resumed += any("goes on from" in line for line in event["begun"])
             if event["status"] is None:
                 kills[event["moment"]] += 1
                 saving += bool(event["half_written"])
@@ -180,7 +196,7 @@ def main() -> int:
             end(flags.workdir / f"run-{finished}")
             finished, failed = finished + 1, compare(flags.workdir / f"run-{finished}")
     print(f"{kills.total()} kills ({dict(kills)}), of which {saving} left a save half written")
-    print(f"{finished} runs finished, {failed} differences or failures")
+    print(f"{resumed} went on from a resume point; {finished} runs finished, {failed} differences or failures")
     return int(failed > 0)
 
 

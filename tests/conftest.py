@@ -62,11 +62,12 @@ def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(of_all_workers: Path) -> Path:
     """A folder with sft.jsonl, preferences.jsonl and probes.jsonl, which tiny_config.py reads."""
-    folder = of_all_workers / "data"
+    folder, written = of_all_workers / "data", of_all_workers / "written"
     with filelock.FileLock(of_all_workers / "data.lock"):
-        if not folder.exists():
-            folder.mkdir()
+        if not written.exists():
+            folder.mkdir(exist_ok=True)
             tiny.write_data(folder)
+            written.touch()
     return folder
 
 
@@ -100,6 +101,7 @@ def finished(tiny_data: Path, of_all_workers: Path, compiles: Any) -> tuple[Path
     workdir, compiled = of_all_workers / "run", of_all_workers / "compiled.json"
     with filelock.FileLock(of_all_workers / "run.lock"):
         if not compiled.exists():
+            shutil.rmtree(workdir, ignore_errors=True)  # what a worker that failed left
             with compiles() as names:
                 experiments.run(configs.load(tiny.config_spec(tiny_data)), workdir)
             compiled.write_text(json.dumps(names))

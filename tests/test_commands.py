@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -266,6 +267,13 @@ def test_how_a_command_ends(
     monkeypatch.setattr(cli.os, "_exit", sys.exit)  # what a disk that cannot be written leads to
     assert run(SimpleNamespace(main=end), monkeypatch) == status
     assert capsys.readouterr().err.startswith(says)
+
+
+def test_commands_do_not_wait_for_what_few_of_them_use() -> None:
+    seldom = {"scipy.stats", "statsmodels", "datasets", "torch"}
+    script = f"import sys, vdjax.experiment; print({seldom} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], env=tiny.environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
 
 
 def test_missing_files_and_flags(tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -57,13 +57,13 @@ def interrupted(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, compi
     """The tiny experiment, stopped five times and brought to its end; what the last run compiled."""
     workdir = tmp_path_factory.mktemp("interrupted") / "run"
     arguments = ["--config", tiny.config_spec(tiny_data), "--workdir", str(workdir)]
-    # A step is logged when the next one is under way, so the signal at step 5 of 6 comes during the last one. Step 3 is
-    # logged before its held-out evaluation, at which no resume point is due.
+    # A step is logged when the next one is under way, so the signal at step 5 of 6 comes during the last one. At step 3
+    # held-out evaluation is due, which is left to the run that goes on.
     for how, stage, step, says in (
         ("FULL", "sft", 0, "cannot be written: File too large. What was saved before is whole"),
         ("TERM", "sft", 5, "sft: stopped after its last step; the stage is finished"),
         ("SAVE", "dpo", 2, "dpo: begins at step 0 of 6"),
-        ("TERM", "dpo", 3, "dpo: stopped at step 4 of 6; a resume point was written"),
+        ("TERM", "dpo", 2, "dpo: stopped at step 3 of 6; a resume point was written"),
         ("KILL", "dpo", 5, "dpo: goes on from step 4 of 6"),
     ):
         result = stopped(how, stage, step, *arguments)
@@ -133,6 +133,20 @@ def test_a_log_that_is_lost_is_named(tmp_path: Path) -> None:
         loop.check_log(stage, 3)
 
 
+def test_a_stage_that_begins_anew_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Killed before its first resume point was whole; later ones are not to be missed."""
+    stage: Any = SimpleNamespace(workdir=tmp_path, name="dpo", resume_every=2, plan=SimpleNamespace(total_steps=6))
+    log = tmp_path / "dpo" / "metrics.jsonl"
+    loop.check_nothing_is_lost(stage)
+    assert capsys.readouterr().err == ""
+    files.write_whole(log, "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3)))
+    loop.check_nothing_is_lost(stage)
+    assert "dpo: got to step 3 before, and left no whole resume point; it is trained anew" in capsys.readouterr().err
+    files.write_whole(log, "".join(f'{{"step": {step}}}\n' for step in range(1, 6)))
+    with pytest.raises(UserError, match="training got to step 5 of 6"):
+        loop.check_nothing_is_lost(stage)
+
+
 def test_training_moves_and_its_log_is_complete(finished: tuple[Path, list[str]]) -> None:
     workdir = finished[0]
     first, last = (all_params(workdir / "dpo" / "snapshots" / str(step)) for step in (0, 6))
@@ -158,9 +172,9 @@ def test_the_train_step_compiles_once_a_stage(
 
 
 def test_a_finished_workdir_trains_and_probes_nothing(
-    finished: tuple[Path, list[str]], tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, list[str]], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workdir = finished[0]
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
     before = {f: f.stat().st_mtime_ns for stage in STAGES for f in (workdir / stage).rglob("*") if f.is_file()}
     report = (workdir / "drift" / "drift.csv").read_text()
 

@@ -252,9 +252,8 @@ def shown(values: list[float]) -> str:
     return f"{middle} [{one(min(values))}, {one(max(values))}]" if len(values) > 1 else middle
 
 
-def comparisons(work: Path, profiled: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], float]]]:
-    """The table, and of each line its name, the ratio of each round, and the goal; what runs in `work` do not say of
-    their utilisation those in `profiled` do."""
+def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], float]]]:
+    """The table, and of each line its name, the ratio of each round, and the goal."""
     lines, ratios = [], []
     for line in LINES:
         ours, theirs = figures(work, line.ours, line.figure), figures(work, line.peer, line.peer_figure)
@@ -275,7 +274,7 @@ def comparisons(work: Path, profiled: Path) -> tuple[pd.DataFrame, list[tuple[st
         middle = statistics.median(better)
         row["ratio"] = f"{middle:.2f}" + (f" [{min(better):.2f}, {max(better):.2f}]" if len(better) > 1 else "")
         row["goal"] += "" if middle >= line.goal else " (missed)"
-        used = next(filter(None, (figures(w, line.ours, "utilisation", optional=True) for w in (work, profiled))), [])
+        used = figures(work, line.ours, "utilisation", optional=True)
         if used and line.unit != "MB":
             row["goal needs"] = f"{statistics.median(used) * line.goal / middle:.0%}"
         ratios.append((f"{line.work}: {line.peer}", better, line.goal))
@@ -334,8 +333,8 @@ def draw_growth(found: pd.DataFrame, file: Path) -> None:
     drawn.savefig(file, dpi=120)
 
 
-def write(work: Path, profiled: Path, out: Path) -> None:
-    table, ratios = comparisons(work, profiled)
+def write(work: Path, out: Path) -> None:
+    table, ratios = comparisons(work)
     figures_of = out.parent / "figures"
     draw(ratios, figures_of / "benchmarks.png")
     grown = growth(work)
@@ -343,7 +342,7 @@ def write(work: Path, profiled: Path, out: Path) -> None:
     page = (HERE / "benchmarks.md.in").read_text()
     numbers = [name for name in grown if name not in ("what", "size")]
     written = grown.assign(**{name: [shown([x]) if x == x else "" for x in grown[name]] for name in numbers})
-    tables = {"comparisons": table, "profiles": profiles(profiled), "growth": written}
+    tables = {"comparisons": table, "profiles": profiles(work), "growth": written}
     parts = {name: to_markdown(table) for name, table in tables.items()}
     out.write_text(page.format(**parts))
 
@@ -352,7 +351,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--profiled", type=Path, help="where runs are kept whose profile is shown; default: --work")
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--peer_python")
     parser.add_argument("--tunix_python")
@@ -364,7 +362,7 @@ def main() -> None:
     if flags.peers:
         run(flags)
     if flags.out:
-        write(flags.work, flags.profiled or flags.work, flags.out)
+        write(flags.work, flags.out)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def test_a_ratio_is_above_1_where_vdjax_is_better_and_taken_round_by_round(tmp_p
     theirs = [{"pairs_per_s": 2.0, "peak_rss_train_mb": 4000}, {"pairs_per_s": 1.0, "peak_rss_train_mb": 4000}]
     write(tmp_path, "dpo-vdjax", *ours)
     write(tmp_path, "dpo-trl", *theirs)
-    table, ratios = compare.comparisons(tmp_path, tmp_path)
+    table, ratios = compare.comparisons(tmp_path)
     found = {name: values for name, values, _ in ratios}
     assert found == {"DPO, reference included: dpo-trl": [3.0, 4.0], "DPO, peak memory: dpo-trl": [4.0, 2.0]}
     assert len(table) == len(compare.LINES)  # what was not run is said

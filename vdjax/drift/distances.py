@@ -31,8 +31,9 @@ def distances(first: Float[np.ndarray, "... L"], last: Float[np.ndarray, "... L"
     """Jensen-Shannon distance (base 2) and total variation of distributions over L labels, both in [0, 1]."""
     unknown = np.isnan(first).any(axis=-1) | np.isnan(last).any(axis=-1)
     with np.errstate(invalid="ignore"):  # scipy: the root of -1e-17 where two distributions are equal
-        js = np.nan_to_num(scipy.spatial.distance.jensenshannon(first, last, base=2, axis=-1))
-    return np.stack([np.where(unknown, np.nan, js), np.abs(last - first).sum(axis=-1) / 2])
+        js = scipy.spatial.distance.jensenshannon(first, last, base=2, axis=-1)
+    js = np.where(unknown, np.nan, np.nan_to_num(js))
+    return np.stack([js, np.abs(last - first).sum(axis=-1) / 2])
 
 
 def row(

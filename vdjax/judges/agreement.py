@@ -121,7 +121,7 @@ def percent(counts: Counts) -> float:
 
 
 def cohen_kappa(codes: Int[np.ndarray, "n 2"]) -> float:
-    from statsmodels.stats import inter_rater  # here, since it takes a second, of every command that imports this
+    from statsmodels.stats import inter_rater  # a second to import, here and below only where it is used
 
     return float(inter_rater.cohens_kappa(_square(codes), return_results=False))
 

@@ -304,7 +304,8 @@ def split(model: Transformer) -> tuple[nnx.GraphDef, Params]:
 def abstract(cfg: ModelConfig, **options: Any) -> tuple[nnx.GraphDef, Params]:
     """Like `split` of a new `Transformer(cfg, **options)`, with shapes and dtypes in place of arrays."""
     graphdef, params = split(_abstract_model(cfg, **options))
-    return graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)  # of no mesh
+    # Without the shardings of the mesh that the first caller was under.
+    return graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
 
 def param_axes(cfg: ModelConfig, **options: Any) -> Params:
@@ -333,6 +334,7 @@ def _initializer(cfg: ModelConfig, param_dtype: jnp.dtype, tree: Any, shardings:
     return jax.jit(make, out_shardings=jax.tree.unflatten(tree, shardings))
 
 
-@functools.cache  # tracing takes a tenth of a second, and every snapshot that is opened needs it
+# Tracing takes a tenth of a second, and every snapshot that is opened needs it. Typed, for 1 and True are equal.
+@functools.lru_cache(maxsize=None, typed=True)
 def _abstract_model(cfg: ModelConfig, **options: Any) -> Transformer:
     return nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0), **options))

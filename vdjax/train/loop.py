@@ -160,7 +160,8 @@ def check_log(stage: Stage, rows: int) -> None:
 
 
 def check_nothing_is_lost(stage: Stage) -> None:
-    """UserError where a stage that would begin at step 0 has been so far before that it left resume points."""
+    """UserError where a stage that would begin at step 0 has been so far before that it left resume points; where it
+    may have left none, it is said."""
     folder = stage.workdir / stage.name
 
     def reached() -> int:
@@ -175,6 +176,8 @@ def check_nothing_is_lost(stage: Stage) -> None:
             f"resume/ is there to go on from; put them back, or remove {folder} to train the stage again, to the same "
             "values"
         )
+    if step > 0:
+        say(f"{stage.name}: got to step {step} before, and left no whole resume point; it is trained anew")
 
 
 def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool:
@@ -204,16 +207,16 @@ def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool
             values |= facts.measured | {"learning_rate": rate} | speed(stage.model.cfg, facts, seconds, peak)
             log.step(at, values)
 
-    def milestone() -> None:
+    def milestone(stopping: bool = False) -> None:
+        """What is due at this step; when stopping, evaluation, which may take minutes, is left to the run that goes on."""
         if step in plan.snapshot_steps:
             snapshots.save(checkpointer, folder / "snapshots", step, functional.policy_part(state.params))
         ends = step in (0, total)
         due = ends or (config.eval_every and step % config.eval_every == 0)
-        if trainer.evaluate and due and step not in log.evaluated:
+        if trainer.evaluate and due and step not in log.evaluated and not stopping:
             log.evaluation(step, trainer.evaluate(state))
 
-    if step == 0:
-        milestone()
+    milestone()
     with stop_signals() as stop_requested:
         last = time.perf_counter()
         while step < total:
@@ -226,7 +229,7 @@ def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool
             due = step % stage.resume_every == 0 or stopping or step == total
             if due or step in plan.snapshot_steps or (config.eval_every and step % config.eval_every == 0):
                 flush()
-                milestone()
+                milestone(stopping)
                 if due:
                     checkpointer.wait_until_finished()
                     log.sync()
