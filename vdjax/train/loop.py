@@ -208,7 +208,7 @@ def run(stage: Stage, trainer: Trainer, manager: Any, state: TrainState) -> bool
             log.step(at, values)
 
     def milestone(stopping: bool = False) -> None:
-        """What is due at this step; evaluation, which may take minutes, a run that stops leaves to the one that goes on."""
+        """What is due here; evaluation, which may take minutes, a run that stops leaves to the one that goes on."""
         if step in plan.snapshot_steps:
             snapshots.save(checkpointer, folder / "snapshots", step, functional.policy_part(state.params))
         ends = step in (0, total)
