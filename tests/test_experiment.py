@@ -64,7 +64,7 @@ def interrupted(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, compi
         ("TERM", "sft", 5, "sft: stopped after its last step; the stage is finished"),
         ("SAVE", "dpo", 2, "dpo: begins at step 0 of 6"),
         ("TERM", "dpo", 2, "dpo: stopped at step 3 of 6; a resume point was written"),
-        ("KILL", "dpo", 5, "dpo: goes on from step 4 of 6"),
+        ("KILL", "dpo", 5, "dpo: goes on from step 3 of 6"),
     ):
         result = stopped(how, stage, step, *arguments)
         assert says in result.stderr

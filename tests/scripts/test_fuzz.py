@@ -1,4 +1,4 @@
-"""The targets of the fuzzer, without it: each reads its seeds, refuses some mutations, and lets no other error out."""
+"""The targets of the fuzzer, without it: of seeds and mutations of them nothing but a UserError may come out."""
 
 import random
 from pathlib import Path
@@ -13,14 +13,13 @@ SLOW = {"tokenizer_json", "tokenizer_config", "generation_config", "special_toke
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)
-def test_a_target_reads_its_seeds_and_refuses_what_is_broken(name: str, tmp_path: Path) -> None:
-    target, rng, refused = fuzz.TARGETS[name], random.Random(name), 0
+def test_a_target_takes_or_refuses_its_seeds_and_what_is_broken(name: str, tmp_path: Path) -> None:
+    target, rng = fuzz.TARGETS[name], random.Random(name)
     for seed in target.seeds:
         fuzz.run_once(target, seed, tmp_path)
         for _ in range(1 if name in SLOW else 8):
             broken = fuzz.mutated_json(seed, rng) if target.is_json else seed[: rng.randrange(len(seed))]
-            refused += fuzz.run_once(target, broken, tmp_path)
-    assert refused > 0
+            fuzz.run_once(target, broken, tmp_path)
 
 
 # Seeds that are whole for what is parsed and refused by what comes after it.
