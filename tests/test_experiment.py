@@ -77,7 +77,7 @@ def interrupted(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, compi
         else:
             assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (workdir / "dpo" / "done.json").exists()
-    assert "4" in [p.name for p in (workdir / "dpo" / "resume").iterdir()]
+    assert "3" in [p.name for p in (workdir / "dpo" / "resume").iterdir()]
     with compiles() as names:
         experiments.run(configs.load(tiny.config_spec(tiny_data)), workdir)
     return workdir, names
