@@ -274,9 +274,8 @@ def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], 
         middle = statistics.median(better)
         row["ratio"] = f"{middle:.2f}" + (f" [{min(better):.2f}, {max(better):.2f}]" if len(better) > 1 else "")
         row["goal"] += "" if middle >= line.goal else " (missed)"
-        used = figures(work, line.ours, "utilisation", optional=True)
-        if used and line.unit != "MB":
-            row["goal needs"] = f"{statistics.median(used) * line.goal / middle:.0%}"
+        if line.unit != "MB":
+            row["goal needs"] = f"{statistics.median(figures(work, line.ours, 'utilisation')) * line.goal / middle:.0%}"
         ratios.append((f"{line.work}: {line.peer}", better, line.goal))
     return pd.DataFrame(lines), ratios
 
