@@ -1,6 +1,5 @@
 """What several test modules share: tiny models, data and batches, and sequences scored without any packing."""
 
-import gc
 import importlib.util
 import json
 import os
@@ -26,8 +25,6 @@ from vdjax.models.config import from_hf
 from vdjax.models.functional import Model, make_model
 from vdjax.train.plan import StagePlan
 from vdjax.train.stage import Stage
-
-gc.set_threshold(50_000, 20, 50)  # tracing makes many objects and little garbage: 7% of a test's time
 
 HERE = Path(__file__).parent
 SLOW = pytest.mark.skipif(not os.environ.get("VDJAX_SLOW"), reason="takes minutes; VDJAX_SLOW=1 runs it")

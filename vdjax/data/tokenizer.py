@@ -32,13 +32,15 @@ def load(path_or_id: str | Path, revision: str | None = None) -> PreTrainedToken
 
     Raises UserError when there is no tokenizer, or none that gives character offsets.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     directory = as_path(path_or_id)
     directory = local_copy(directory) if directory.is_dir() else _download(str(path_or_id), revision)
     try:
         if (directory / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(str(directory))
+        from transformers import AutoTokenizer  # takes half a second
+
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as error:  # the Rust parser raises plain Exception for a damaged file
         raise UserError(f"tokenizer: cannot load one from {path_or_id}: {error}") from error
