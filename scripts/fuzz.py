@@ -21,7 +21,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import httpx2
 import numpy as np
@@ -85,6 +85,7 @@ SHAPE = {
 }
 SMALL = from_hf(SHAPE, where="SHAPE")
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE |= {"original_max_position_embeddings": 8192}
 TALK: list[chat.Message] = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 ROWS = (
     text({"messages": TALK}, {"messages": TALK[1:]}),
@@ -111,17 +112,31 @@ REPLY = {
 }
 
 
+def each_way(ways: Sequence[Any], read: Callable[[Any], Any]) -> None:
+    """UserError where the file is refused each way that it may be read."""
+    refused = []
+    for way in ways:
+        try:
+            read(way)
+        except UserError as error:
+            refused.append(error)
+    if len(refused) == len(ways):
+        raise refused[0]
+
+
 def rows(file: Path) -> None:
     """Every row of every kind of example is used, dropped or an error; what is used is rendered or dropped."""
-    for kind in KINDS:
+
+    def of(kind: str) -> None:
         counts = Counts()
-        with contextlib.suppress(UserError):
-            examples = list(sources.load({"path": str(file), "kind": kind}, counts=counts))
-            used = len(examples) / (2 if kind == "unpaired" and examples[0].id.endswith(":chosen") else 1)
-            assert counts.rows == used + counts.dropped.total(), f"{kind}: a row is lost"
-            for example in examples:
-                if kind != "unpaired":
-                    chat.render(example, kind, BYTES, CHATML, max_length=64, counts=counts)
+        examples = list(sources.load({"path": str(file), "kind": kind}, counts=counts))
+        used = len(examples) / (2 if kind == "unpaired" and examples[0].id.endswith(":chosen") else 1)
+        assert counts.rows == used + counts.dropped.total(), f"{kind}: a row is lost"
+        for example in examples:
+            if kind != "unpaired":
+                chat.render(example, kind, BYTES, CHATML, max_length=64, counts=counts)
+
+    each_way(list(KINDS), of)
 
 
 def parquet_bytes(values: list[dict[str, Any]]) -> bytes:
@@ -137,10 +152,7 @@ def npy_bytes() -> bytes:
 
 
 def config_json(file: Path) -> None:
-    heads: tuple[Literal["vocab", "score"], ...] = ("vocab", "score")
-    for head in heads:
-        with contextlib.suppress(UserError):
-            from_hf(hf.read_config(file.parent), where=str(file), head=head)
+    each_way(("vocab", "score"), lambda head: from_hf(hf.read_config(file.parent), where=str(file), head=head))
 
 
 def checkpoint() -> bytes:
@@ -193,8 +205,8 @@ def reply(data: bytes, folder: Path) -> None:
     chat_api._server_message(response, "key")
     try:
         found = chat_api._parse(response, "h", "key")
-    except chat_api._Unavailable:
-        return
+    except chat_api._Unavailable as error:  # with which it ends when asking again does not help
+        raise UserError(str(error)) from error
     used(found)
     used(chat_api.Reply(*json.loads(json.dumps(found))))
 

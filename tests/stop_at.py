@@ -1,8 +1,8 @@
 """Runs `python -m vdjax.main` and stops itself: python stop_at.py HOW STAGE STEP [arguments of vdjax.main]
 
 KILL: SIGKILL once the step is logged. TERM: SIGTERM there, which vdjax.main answers. STOP: SIGSTOP there, as if hung.
-FAIL: an error there. SAVE: SIGKILL while the step's snapshot or resume point is being written. FULL: the disk is
-full for files of more than 20 kB, which snapshots have. RUN: none of these.
+FAIL: an error there. SAVE: SIGKILL while the step's snapshot or resume point is being written. FULL: from there on the
+disk is full for files of more than 20 kB, which snapshots have. RUN: none of these.
 """
 
 import os
@@ -28,6 +28,8 @@ def arm(how: str, stage: str, at: int) -> None:
         if (self.name, step) == (stage, at):
             if how in SIGNALS:
                 os.kill(os.getpid(), SIGNALS[how])
+            if how == "FULL":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
             if how == "FAIL":
                 raise UserError("the disk is full")
 
@@ -36,8 +38,6 @@ def arm(how: str, stage: str, at: int) -> None:
         if (manager.directory.parent.name, step) == (stage, at) and how == "SAVE":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if how == "FULL":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     experiments.leave_out(setattr)
     loop.MetricsLog.step = step
     snapshots.save_resume = save

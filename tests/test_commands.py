@@ -240,12 +240,34 @@ def test_errors_are_one_message_and_status_2(
 def test_two_processes_do_not_work_in_one_workdir(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    with runs.held(tmp_path / "run"):
+    """One that was killed is not waited for."""
+    hold = "import sys, time; from pathlib import Path; from vdjax import runs\nwith runs.held(Path(sys.argv[1])): "
+    hold += "print(flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", hold, str(tmp_path / "run")]
+    with subprocess.Popen(command, env=tiny.environment(), stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
         assert run(main, monkeypatch, "--config", tiny.config_spec(tiny_data), "--workdir", str(tmp_path / "run")) == 2
         assert f"{tmp_path / 'run'}: another process is at work there" in capsys.readouterr().err
         assert run(probe, monkeypatch, "--models", "x", "--workdir", str(tmp_path / "run")) == 2
         assert f"{tmp_path / 'run'}: another process is at work there" in capsys.readouterr().err
+        other.kill()
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
+    with runs.held(tmp_path / "run") as mine:
+        assert mine
+
+
+@pytest.mark.skipif(not os.geteuid() and not shutil.which("setpriv"), reason="root may write everywhere")
+def test_a_workdir_that_cannot_be_written_is_named(
+    finished: tuple[Path, list[str]], tiny_data: Path, tmp_path: Path
+) -> None:
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    subprocess.run(["chmod", "-R", "a-w", workdir], check=True)
+    command = [sys.executable, "-m", "vdjax.main", "--config", tiny.config_spec(tiny_data), "--workdir", str(workdir)]
+    like_a_user = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override"]
+    done = subprocess.run([*like_a_user, *command], env=tiny.environment(), capture_output=True, text=True)
+    subprocess.run(["chmod", "-R", "u+w", workdir], check=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {workdir / 'lock'}: Permission denied; expected files that")
 
 
 @pytest.mark.parametrize(

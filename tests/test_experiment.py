@@ -54,23 +54,26 @@ def metrics(workdir: Path, stage: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def interrupted(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, compiles: Any) -> tuple[Path, list[str]]:
-    """The tiny experiment, stopped five times and brought to its end; what the last run compiled."""
+    """The tiny experiment, stopped five times and brought to its end; what the last run compiled. Beside it is "early",
+    the workdir before that."""
     workdir = tmp_path_factory.mktemp("interrupted") / "run"
     arguments = ["--config", tiny.config_spec(tiny_data), "--workdir", str(workdir)]
     # A step is logged when the next one is under way, so the signal at step 5 of 6 comes during the last one. At step 3
     # held-out evaluation is due, which is left to the run that goes on.
     for how, stage, step, says in (
-        ("FULL", "sft", 0, "cannot be written: File too large. What was saved before is whole"),
         ("TERM", "sft", 5, "sft: stopped after its last step; the stage is finished"),
         ("SAVE", "dpo", 2, "dpo: begins at step 0 of 6"),
         ("TERM", "dpo", 2, "dpo: stopped at step 3 of 6; a resume point was written"),
+        ("FULL", "dpo", 4, "cannot be written: File too large. What was saved before is whole"),
         ("KILL", "dpo", 5, "dpo: goes on from step 3 of 6"),
     ):
         result = stopped(how, stage, step, *arguments)
         assert says in result.stderr
         if how == "FULL":
             assert result.returncode == 2
-            assert result.stderr.splitlines()[-1].startswith(f"error: {workdir / 'sft'}"), result.stderr
+            assert result.stderr.splitlines()[-1].startswith(f"error: {workdir / 'dpo'}"), result.stderr
+            assert "dpo: goes on from step 3 of 6" in result.stderr
+            assert snapshots.kept(workdir / "dpo" / "snapshots") == [0, 2]
         elif how == "TERM":
             assert result.returncode == 75, result.stderr
             assert f"to go on: python -m vdjax.main --config {arguments[1]} --workdir {workdir}" in result.stderr
@@ -78,6 +81,7 @@ def interrupted(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, compi
             assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (workdir / "dpo" / "done.json").exists()
     assert "3" in [p.name for p in (workdir / "dpo" / "resume").iterdir()]
+    shutil.copytree(workdir, workdir.parent / "early")
     with compiles() as names:
         experiments.run(configs.load(tiny.config_spec(tiny_data)), workdir)
     return workdir, names
@@ -119,6 +123,15 @@ def test_what_is_lost_is_named_and_nothing_begins_anew(
         shutil.rmtree(tmp_path / "run" / kept, ignore_errors=True)
     subprocess.run(["rm", "-r", tmp_path / "run" / lost], check=True)
     with pytest.raises(UserError, match=re.escape(says)):
+        experiments.run(configs.load(tiny.config_spec(tiny_data)), tmp_path / "run")
+
+
+def test_lost_resume_points_of_a_stage_half_way_are_named(
+    interrupted: tuple[Path, list[str]], tiny_data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(interrupted[0].parent / "early", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "dpo" / "resume")
+    with pytest.raises(UserError, match="dpo: training got to step 5 of 6, but neither done.json nor a point"):
         experiments.run(configs.load(tiny.config_spec(tiny_data)), tmp_path / "run")
 
 

@@ -23,20 +23,28 @@ def test_a_target_takes_or_refuses_its_seeds_and_what_is_broken(name: str, tmp_p
 
 
 # Seeds that are whole for what is parsed and refused by what comes after it.
-REFUSED = {"statements", "safetensors_index", "flag", "kept_config"}
+REFUSED = {"statements-0", "safetensors_index-0", "flag-2", "kept_config-0", "api_reply-1"}
 
 
 def test_seeds_are_sound(tmp_path: Path) -> None:
     """Else the fuzzer would never come beyond the first check."""
     refused = set()
     for name, target in fuzz.TARGETS.items():
-        for seed in target.seeds:
+        for i, seed in enumerate(target.seeds):
             (tmp_path / name).mkdir(exist_ok=True)
             try:
                 target.read(seed, tmp_path / name)
             except UserError:
-                refused.add(name)
+                refused.add(f"{name}-{i}")
     assert refused == REFUSED
+
+
+@pytest.mark.parametrize("name", fuzz.TARGETS)
+def test_a_target_refuses_what_is_no_such_file(name: str, tmp_path: Path) -> None:
+    """Else it would not see what it is given."""
+    with pytest.raises(UserError):
+        for data in (b"", b"\xff\x00{", b"[[\n[[\n"):
+            fuzz.TARGETS[name].read(data, tmp_path)
 
 
 def test_only_a_short_user_error_is_let_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
