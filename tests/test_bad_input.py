@@ -227,6 +227,8 @@ BAD = [
         ("config.json: rope_scaling: rope type", "'default' and 'llama3'")),
     Bad("architecture of another kind", shape(architectures=[["LlamaForCausalLM"]]), model,
         ("config.json: architectures", "supported: LlamaForCausalLM")),
+    Bad("rope type that is NaN", shape(rope_scaling={"rope_type": float("nan")}), model,
+        ("config.json: rope_scaling: rope type nan", "'default' and 'llama3'")),
     Bad("field misspelt", shape(rms_norm_epz=1e-6), model, ("config.json: unknown field 'rms_norm_epz'",
         "did you mean 'rms_norm_eps'")),
     Bad("config.json that is no object", {"config.json": "[]"}, model, ("config.json: must hold a JSON object",)),

@@ -293,10 +293,10 @@ def _rope(fields: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | N
     if not isinstance(rope, Mapping):
         raise UserError(f"{where}: {key} must be an object, but is {rope!r}")
     rope = {name: value for name, value in rope.items() if value is not None}
-    if rope.get("type", rope.get("rope_type")) != rope.get("rope_type", rope.get("type")):
-        raise UserError(f"{where}: {key} has two types, {rope['type']!r} and {rope['rope_type']!r}")
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
+    kinds = [rope.pop(name) for name in ("rope_type", "type") if name in rope]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise UserError(f"{where}: {key} has two types, {kinds[0]!r} and {kinds[1]!r}")
+    kind = kinds[0] if kinds else "default"
     if rope.pop("partial_rotary_factor", 1) != 1:
         raise UserError(f"{where}: {key}: partial_rotary_factor other than 1 is not supported")
     theta = _positive({"rope_theta": 10000.0, **fields, **rope}, "rope_theta", None, where)
