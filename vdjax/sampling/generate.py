@@ -12,7 +12,7 @@ from vdjax import sharding
 from vdjax.data import packing
 from vdjax.errors import UserError
 from vdjax.models.functional import Model
-from vdjax.models.products import FEW_ROWS, jit
+from vdjax.models.products import FEW_ROWS, few_rows_options, jit
 from vdjax.sampling.decode import Knobs, Prompts, Samples, decode
 
 ROWS = 32  # of a batch, for each of the batch's shards; on CPU FEW_ROWS, the most that its fast product takes
@@ -97,7 +97,7 @@ def _statics(sampling: Sampling, stop_ids: Sequence[int]) -> dict[str, Any]:
     return how | {"stop_ids": tuple(stop_ids)}
 
 
-_run = jit(decode, static_argnums=0, static_argnames=STATIC)
+_run = jit(decode, few_rows_options, static_argnums=0, static_argnames=STATIC)
 _traced = jax.jit(decode, static_argnums=0, static_argnames=STATIC)  # for any platform
 
 
