@@ -248,8 +248,8 @@ def shown(values: list[float]) -> str:
     def one(value: float) -> str:
         return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
-    middle = one(statistics.median(values))
-    return f"{middle} [{one(min(values))}, {one(max(values))}]" if len(values) > 1 else middle
+    middle, smallest, largest = one(statistics.median(values)), one(min(values)), one(max(values))
+    return middle if smallest == largest else f"{middle} [{smallest}, {largest}]"
 
 
 def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], float]]]:
