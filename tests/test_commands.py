@@ -241,10 +241,10 @@ def test_two_processes_do_not_work_in_one_workdir(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """One that was killed is not waited for."""
-    hold = "import sys, time; from pathlib import Path; from vdjax import runs\nwith runs.held(Path(sys.argv[1])): "
-    hold += "print(flush=True); time.sleep(600)"
+    hold = "import sys; from pathlib import Path; from vdjax import runs\nwith runs.held(Path(sys.argv[1])): "
+    hold += "print(flush=True); input()"
     command = [sys.executable, "-c", hold, str(tmp_path / "run")]
-    with subprocess.Popen(command, env=tiny.environment(), stdout=subprocess.PIPE) as other:
+    with subprocess.Popen(command, env=tiny.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         assert run(main, monkeypatch, "--config", tiny.config_spec(tiny_data), "--workdir", str(tmp_path / "run")) == 2
         assert f"{tmp_path / 'run'}: another process is at work there" in capsys.readouterr().err

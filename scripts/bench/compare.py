@@ -257,6 +257,8 @@ def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], 
     lines, ratios = [], []
     for line in LINES:
         ours, theirs = figures(work, line.ours, line.figure), figures(work, line.peer, line.peer_figure)
+        rounds = min(len(ours), len(theirs)) or None  # that both ran; where one did not run at all, the other's
+        ours, theirs = ours[:rounds], theirs[:rounds]
         row = {
             "work": line.work,
             "peer": line.peer,
@@ -270,12 +272,13 @@ def comparisons(work: Path) -> tuple[pd.DataFrame, list[tuple[str, list[float], 
         lines.append(row)
         if not ours or not theirs:
             continue
-        better = [a / b if line.figure[0] != "-" else b / a for a, b in zip(ours, theirs, strict=False)]
+        better = [a / b if line.figure[0] != "-" else b / a for a, b in zip(ours, theirs, strict=True)]
         middle = statistics.median(better)
         row["ratio"] = f"{middle:.2f}" + (f" [{min(better):.2f}, {max(better):.2f}]" if len(better) > 1 else "")
         row["goal"] += "" if middle >= line.goal else " (missed)"
         if line.unit != "MB":
-            row["goal needs"] = f"{statistics.median(figures(work, line.ours, 'utilisation')) * line.goal / middle:.0%}"
+            utilisation = statistics.median(figures(work, line.ours, "utilisation")[:rounds])
+            row["goal needs"] = f"{utilisation * line.goal / middle:.0%}"
         ratios.append((f"{line.work}: {line.peer}", better, line.goal))
     return pd.DataFrame(lines), ratios
 

@@ -25,6 +25,7 @@ from vdjax import sharding
 from vdjax.models import config as model_config
 from vdjax.models import hf
 from vdjax.models.functional import make_model, shardings
+from vdjax.models.products import few_rows_options
 from vdjax.sampling import Sampling, generate
 from vdjax.train.flops import peak_flops
 
@@ -75,7 +76,8 @@ def main() -> None:
         greedy = sample(flags.new_tokens, 0.0)[1]
     made, seconds, first_seconds = flags.batch * flags.new_tokens, statistics.median(full), statistics.median(first)
     later = flags.new_tokens - 1
-    profile = work.profile(*work.sampled(model, rows, how(flags.new_tokens), flags.batch, mesh), seconds, peak)
+    counted = work.sampled(model, rows, how(flags.new_tokens), flags.batch, mesh, few_rows_options)
+    profile = work.profile(*counted, seconds, peak)
     print(
         json.dumps(
             {

@@ -10,7 +10,7 @@ import numpy as np
 
 from vdjax.models.config import ModelConfig
 from vdjax.models.functional import Model
-from vdjax.models.products import compiler_options
+from vdjax.models.products import Options, compiler_options
 from vdjax.planning import hlo
 from vdjax.planning.operations import matmul_flops
 from vdjax.sampling.generate import Sampling, batches_of, layout, trace
@@ -47,13 +47,13 @@ def copy_rate() -> float:
     return 2 * x.nbytes / min(seconds)
 
 
-def moved(traced: jax.stages.Traced, trips: int = 1) -> float:
+def moved(traced: jax.stages.Traced, trips: int = 1, options: Options = compiler_options) -> float:
     """Bytes that the operands and results of a program's instructions have: what memory moves where caches keep none.
 
     Args:
       trips: of loops whose end depends on data.
     """
-    return hlo.read(traced.lower().compile(compiler_options()).as_text(), {}, trips).hbm_bytes
+    return hlo.read(traced.lower().compile(options()).as_text(), {}, trips).hbm_bytes
 
 
 def done(traced: jax.stages.Traced, trips: int = 1) -> float:
@@ -69,7 +69,12 @@ def skipped(cfg: ModelConfig, mask: np.ndarray, chunk: int) -> float:
 
 
 def sampled(
-    model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, rows: int, mesh: jax.sharding.Mesh
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    rows: int,
+    mesh: jax.sharding.Mesh,
+    options: Options = compiler_options,
 ) -> tuple[float, float, float, int]:
     """Of sampling behind prompts on one device: FLOPs needed and done, bytes moved, calls."""
     new = sampling.max_new_tokens
@@ -81,7 +86,7 @@ def sampled(
         for places, shape in batches_of([len(prompt) for prompt in prompts], rows, 1):
             batch = layout([prompts[i] for i in places], np.zeros((len(places), 1)), shape)
             traced = trace(model, model.params, batch, sampling, ())
-            did, went, calls = did + done(traced, new - 1), went + moved(traced, new - 1), calls + 1
+            did, went, calls = did + done(traced, new - 1), went + moved(traced, new - 1, options), calls + 1
     return needed, did, went, calls
 
 

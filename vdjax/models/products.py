@@ -10,6 +10,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+Options = Callable[[], dict[str, str | bool]]  # a compiler's, for the backend
+
 FEW_ROWS = 64  # up to which `matmul_by_rows` exchanges its operands: with more it is no faster
 
 
@@ -112,16 +114,14 @@ def compiler_options() -> dict[str, str | bool]:
 def few_rows_options() -> dict[str, str | bool]:
     """For samplers of few rows: on CPU the library that multiplies gets products alone.
 
-    With what is around them, softmax and sums too, a token of 16 rows takes 7% longer; one of 160 rows does not, nor
-    does training.
+    With what is around them, softmax and sums too, 64 tokens of 16 rows take 7% longer; those of 160 rows do not, nor
+    does training. The flag is an experimental one of XLA: look at it when jaxlib is upgraded.
     """
     alone = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
     return compiler_options() | (alone if jax.default_backend() == "cpu" else {})
 
 
-def jit(
-    function: Callable[..., Any], options: Callable[[], dict[str, str | bool]] = compiler_options, **how: Any
-) -> Callable[..., Any]:
+def jit(function: Callable[..., Any], options: Options = compiler_options, **how: Any) -> Callable[..., Any]:
     """`jax.jit` with compiler options for the backend, which is asked for at the first call."""
     compiled = functools.cache(lambda: jax.jit(function, compiler_options=options(), **how))
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from vdjax import sharding
 from vdjax.models.functional import Model
-from vdjax.models.products import jit
+from vdjax.models.products import few_rows_options, jit
 from vdjax.sampling.decode import advance, start, unstacked
 from vdjax.sampling.generate import Sampling, check, filtered, knobs, layout, put
 
@@ -27,8 +27,8 @@ def streamer(
     graphdef, rows = model.graphdef, sharding.batch_shards(mesh)
     how: dict[str, Any] = {"stop_ids": tuple(stop_ids), "filtered": filtered(sampling)}
     layers = jax.jit(unstacked, static_argnums=0)(graphdef, params)
-    first = jit(functools.partial(start, graphdef, max_new_tokens=sampling.max_new_tokens, **how))
-    following = jit(functools.partial(advance, graphdef, **how), donate_argnums=3)
+    first = jit(functools.partial(start, graphdef, max_new_tokens=sampling.max_new_tokens, **how), few_rows_options)
+    following = jit(functools.partial(advance, graphdef, **how), few_rows_options, donate_argnums=3)
 
     def stream(prompt: Sequence[int], seed: tuple[int, ...]) -> Iterator[int]:
         width = max(SHORTEST, 2 ** (len(prompt) - 1).bit_length())
