@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 
 from vdjax import config as configs
 from vdjax import measure, runs
-from vdjax.drift import report
 from vdjax.drift.evidence import Evidence
+from vdjax.drift.scores import StageInfo
+from vdjax.drift.summary import summary_table
 from vdjax.files import as_path, kept_lines, read_kept, read_table
 from vdjax.judges import Judge
 from vdjax.judges.prompts import read_template
@@ -43,7 +44,7 @@ def write(
     if not probed:
         return say("no stage has snapshots.probe: there is nothing to report on")
     stages = [
-        report.StageInfo(
+        StageInfo(
             name, config[name].objective, runs.done(workdir, name)["total_steps"], runs.parent(config, name) or None
         )
         for name in config.stages
@@ -68,15 +69,17 @@ def finish(
     probed: Sequence[str],
     judges: Sequence[Judge],
     workdir: Path,
-    stages: list[report.StageInfo],
+    stages: list[StageInfo],
     training: pd.DataFrame,
     facts: dict[str, Any],
 ) -> None:
     """Writes the report and prints the drift table."""
+    from vdjax.drift import report  # draws: not needed before there is something to show
+
     found = measure.read(config, asked, probed, workdir)
     beside = evidence(config, asked, found, judges, workdir)
     analysis = report.write(workdir, found.scores, stages, training, facts, beside)
-    print(report.summary_table(analysis.drift))
+    print(summary_table(analysis.drift))
     print(f"report: {workdir / 'report.html'}")
 
 

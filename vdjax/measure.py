@@ -17,7 +17,7 @@ from vdjax import hosts, runs
 from vdjax.data import stances
 from vdjax.errors import UserError
 from vdjax.files import filling, read_kept, read_table, remove_tree, write_whole
-from vdjax.judges import LABELS, Exchange, Judge, Verdicts, quality
+from vdjax.judges import LABELS, Exchange, Judge, Verdicts
 from vdjax.judges.local import check_fits
 from vdjax.judges.open import check_judge, check_key, open_judge
 from vdjax.models import hf
@@ -299,6 +299,8 @@ def judged(
 
 def judge_quality(config: ConfigDict, made: Setup, workdir: Path) -> None:
     """Measures the last snapshot of a stage as a judge: quality/ (`vdjax.judges.quality`)."""
+    from vdjax.judges import quality  # draws
+
     c = config.judge_quality
     step = runs.done(workdir, c.stage)["total_steps"]
     fields = configs.judge("local", path=str(workdir / c.stage / "snapshots" / str(step)), template=c.template)

@@ -6,7 +6,8 @@
 
 PEERS is a folder of the peers' scripts (its README.md says what they do), each of which prints one JSON line as those
 here do. What is kept in --work is not run again; --only REGEX runs the labels that match. The second command writes the
-table of what is kept.
+tables of what is kept; one is of --work's folder huge_pages, for what was run there with
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment.
 """
 
 import argparse
@@ -344,7 +345,9 @@ def write(work: Path, out: Path) -> None:
     page = (HERE / "benchmarks.md.in").read_text()
     numbers = [name for name in grown if name not in ("what", "size")]
     written = grown.assign(**{name: [shown([x]) if x == x else "" for x in grown[name]] for name in numbers})
-    tables = {"comparisons": table, "profiles": profiles(work), "growth": written}
+    huge_pages = comparisons(work / "huge_pages")[0]
+    huge_pages = huge_pages[huge_pages["ratio"] != ""]
+    tables = {"comparisons": table, "huge_pages": huge_pages, "profiles": profiles(work), "growth": written}
     parts = {name: to_markdown(table) for name, table in tables.items()}
     out.write_text(page.format(**parts))
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vdjax.models import splash
 from vdjax.models.config import ModelConfig
 from vdjax.models.elementwise import softmax
 from vdjax.models.llama3 import scale_frequencies
@@ -90,6 +89,8 @@ def attention(
       kernels: on TPU, the splash kernels instead (`vdjax.models.splash`).
     """
     if kernels:
+        from vdjax.models import splash  # Pallas, which takes 0.2 s to import and only TPUs need
+
         return splash.attention(q, k, v, segment_ids, sequence_ids, prefix)
     sequence_ids = jnp.zeros_like(segment_ids) if sequence_ids is None else sequence_ids
     batch, length, heads, dim = q.shape
