@@ -26,7 +26,14 @@ def streamer(
     check(sampling)
     graphdef, rows = model.graphdef, sharding.batch_shards(mesh)
     how: dict[str, Any] = {"stop_ids": tuple(stop_ids), "filtered": filtered(sampling)}
-    layers = jax.jit(unstacked, static_argnums=0)(graphdef, params)
+
+    @jax.jit
+    def parts(params: Any) -> tuple[Any, list[Any]]:
+        layers = unstacked(graphdef, params)
+        return layers[0], [layer["layers"] for layer in layers]
+
+    shared, each = parts(params)  # a program's results are arrays of their own: of the embeddings, one for every layer
+    layers = [shared | {"layers": layer} for layer in each]
     first = jit(functools.partial(start, graphdef, max_new_tokens=sampling.max_new_tokens, **how), few_rows_options)
     following = jit(functools.partial(advance, graphdef, **how), few_rows_options, donate_argnums=3)
 
